@@ -1,10 +1,9 @@
-"""What every stage shares: the paper (first half), then what a training run needs.
+"""What every stage shares: first the paper, then networks, then what a training run needs.
 
-Notation is the paper's (arXiv 2410.16794v1, equation numbers in brackets): g the one-step generator, d_psi the online
-denoiser that follows it, d_q the frozen teacher, x_t = x_0 + t * eps. `d` alone is the distance between two scores.
-
-Shapes: data x is (B, ...) of any rank; a time t is (B, 1, ..., 1), so that it broadcasts against x; a loss is (B,).
-A denoiser is any callable (x_t, t) -> denoised, of x_t's shape, with its conditions (class, prompt) closed over.
+Notation is that of arXiv 2410.16794v1, equation numbers in brackets: g is the one-step generator, d_psi the online
+denoiser that follows it, d_q the frozen teacher, x_t = x_0 + t eps; `d` alone is the distance between two scores.
+Shapes: data x is (B, ...) of any rank; a time t is (B, 1, ..., 1), to broadcast against x; a loss is (B,).
+A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, with its conditions (class, prompt) closed over.
 """
 import argparse
 import functools
@@ -22,21 +21,22 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 
-# ---- Distances between scores: Table 4, with the derivatives that are right (README, "Where the paper ...") ----
+# ---- Distances between scores: Table 4 and A.3, with their misprints mended (README) ----
 @dataclass(frozen=True)
 class Distance:
-    """A proper distance of (3.3) and its gradient. y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...)."""
+    """A proper distance of (3.3) and its gradient: y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...)."""
     d: Callable
     d_prime: Callable
 
 
 def batch_sum(v):
-    """Sum over all dimensions but the first: (B, ...) -> (B,). Sum and not mean, as in Listing 1."""
+    """Sum over all but the batch, (B, ...) -> (B,). A sum and not a mean, as in Listing 1."""
     return v.reshape(len(v), -1).sum(1)
 
 
@@ -45,75 +45,68 @@ def expand_as(s, y):
     return s.reshape(-1, *[1] * (y.ndim - 1))
 
 
-def require_positive(**values):
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def require_even(alpha):
-    if not (alpha >= 2 and alpha % 2 == 0):
-        raise ValueError(f"alpha must be an even integer, 2 or more (section 3.3), got {alpha}")
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 def l2():
-    """|y|^2, squared as in Table 4. With it SIM is SiD at alpha = 1, up to SiD's weight."""
+    """|y|^2, squared as in Table 4. With it SIM is SiD at alpha = 1, but for SiD's weight."""
     return Distance(lambda y: batch_sum(y**2), lambda y: 2 * y)
 
 
 def power(alpha=4):
     """|y|_alpha^alpha. ValueError unless alpha is even and at least 2."""
-    require_even(alpha)
+    require(alpha >= 2 and alpha % 2 == 0, f"alpha must be an even integer >= 2 (section 3.3), got {alpha}")
     return Distance(lambda y: batch_sum(y**alpha), lambda y: alpha * y**(alpha - 1))
 
 
 def exp(alpha=2, beta=0.1):
-    """exp(beta |y|_alpha^alpha) - 1. ValueError unless alpha is even, at least 2, and beta > 0."""
-    require_even(alpha)
-    require_positive(beta=beta)
-    return Distance(lambda y: torch.expm1(beta * batch_sum(y**alpha)),
-                    lambda y: alpha * beta * expand_as(torch.exp(beta * batch_sum(y**alpha)), y) * y**(alpha - 1))
+    """exp(beta |y|_alpha^alpha) - 1. ValueError unless beta > 0 and alpha is even and at least 2."""
+    require(0 < beta < math.inf, f"beta must be a positive number, got {beta}")
+    inner = power(alpha)
+    return Distance(lambda y: torch.expm1(beta * inner.d(y)),
+                    lambda y: beta * expand_as(torch.exp(beta * inner.d(y)), y) * inner.d_prime(y))
 
 
 def l1():
-    """|y|_1. The one row of Table 4 that autograd gets wrong: sign(y) jumps at 0, and its derivative says 0."""
+    """|y|_1, the one row of Table 4 that autograd gets wrong: sign(y) jumps at 0, its derivative says nothing."""
     return Distance(lambda y: batch_sum(y.abs()), torch.sign)
 
 
 def smoothl1(scale=0.5):
-    """sum_i sqrt(y_i^2 + scale^2) - scale: l1 without the jump, so exact again. ValueError unless scale > 0."""
-    require_positive(scale=scale)
-    root = lambda y: (y**2 + scale**2).sqrt()
-    return Distance(lambda y: batch_sum(y**2 / (root(y) + scale)), lambda y: y / root(y))
+    """sum_i sqrt(y_i^2 + scale^2) - scale: l1 without the jump, and exact. ValueError unless scale > 0."""
+    require(0 < scale < math.inf, f"scale must be a positive number, got {scale}")
+    return Distance(lambda y: batch_sum(y**2 / ((y**2 + scale**2).sqrt() + scale)),  # as in phuber
+                    lambda y: y / (y**2 + scale**2).sqrt())
 
 
 def huber(delta=1.0):
-    """sum_i y_i^2 / 2 where |y_i| <= delta, else delta (|y_i| - delta / 2): A.3. ValueError unless delta > 0."""
-    require_positive(delta=delta)
-    return Distance(lambda y: batch_sum(torch.where(y.abs() <= delta, y**2 / 2, delta * (y.abs() - delta / 2))),
+    """sum_i y_i^2 / 2 where |y_i| <= delta, else delta (|y_i| - delta / 2). ValueError unless delta > 0."""
+    require(0 < delta < math.inf, f"delta must be a positive number, got {delta}")
+    return Distance(lambda y: batch_sum(nn.functional.huber_loss(y, torch.zeros_like(y), "none", delta)),
                     lambda y: y.clamp(-delta, delta))
 
 
 def phuber(c=0.001):
-    """Pseudo-Huber, sqrt(|y|^2 + c^2) - c, of the norm over the whole sample (3.8). ValueError unless c > 0.
+    """Pseudo-Huber, sqrt(|y|^2 + c^2) - c, |y| over the whole sample (3.8). ValueError unless c > 0.
 
-    c = 0.001 is the authors' answer in issue 5 of maple-research-lab/SIM; the paper does not give it.
-    d is written |y|^2 / (sqrt(|y|^2 + c^2) + c): the same number, without cancellation near y = 0.
-    """
-    require_positive(c=c)
-    root = lambda y: (batch_sum(y**2) + c**2).sqrt()
-    return Distance(lambda y: batch_sum(y**2) / (root(y) + c), lambda y: y / expand_as(root(y), y))
+    c is not in the paper; 0.001 is its authors' answer (maple-research-lab/SIM, issue 5). d is computed as
+    |y|^2 / (sqrt(|y|^2 + c^2) + c), which is the same without cancellation near y = 0."""
+    require(0 < c < math.inf, f"c must be a positive number, got {c}")
+    norm = lambda y: (batch_sum(y**2) + c**2).sqrt()
+    return Distance(lambda y: batch_sum(y**2) / (norm(y) + c), lambda y: y / expand_as(norm(y), y))
 
 
 DISTANCES = {f.__name__: f for f in (l2, power, exp, l1, smoothl1, huber, phuber)}
 
 
-# ---- Times and weight: B.2 and B.3. `shape` is an int or a tuple; `where` is device= and generator= ----
+# ---- Times and weight: B.2, B.3. shape is an int or a tuple; `where` is device= and generator= ----
 def p_edm(shape, mean=-1.2, std=1.2, t_min=0.0, t_max=math.inf, truncate="clamp", **where):
-    """Log-normal times t = exp(N(mean, std^2)), (B.5)-(B.6), truncated to [t_min, t_max]: truncate="clamp" moves
-    what falls outside to the ends, "resample" draws it again (B.3 of the paper does not say which)."""
-    if not 0 <= t_min < t_max or truncate not in ("clamp", "resample"):
-        raise ValueError(f"expected 0 <= t_min < t_max and clamp or resample, got {t_min}, {t_max}, {truncate}")
+    """Log-normal times t = exp(N(mean, std^2)), (B.5)-(B.6). B.3 truncates them without saying how: "clamp"
+    moves what falls outside [t_min, t_max] to its ends, "resample" draws it again."""
+    require(0 <= t_min < t_max, f"expected 0 <= t_min < t_max, got {t_min} and {t_max}")
+    require(truncate in ("clamp", "resample"), f"truncate is clamp or resample, got {truncate}")
     t = torch.exp(mean + std * torch.randn(shape, **where))
     while truncate == "resample" and (outside := (t < t_min) | (t > t_max)).any():
         t[outside] = torch.exp(mean + std * torch.randn(int(outside.sum()), **where))
@@ -121,13 +114,13 @@ def p_edm(shape, mean=-1.2, std=1.2, t_min=0.0, t_max=math.inf, truncate="clamp"
 
 
 def p_sim(shape, mean=-3.5, std=2.5, **options):
-    """The generator's times, (B.9)-(B.10). A third of them lie below t = 0.01."""
+    """The paper's times for the generator, (B.9)-(B.10). A third of them lie below t = 0.01."""
     return p_edm(shape, mean, std, **options)
 
 
 def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
-    """SiD's times for the generator: Karras's sampling schedule at r ~ U[0, r_max], in the form of SiD's code,
-    t in [0.002, 24.41]; (B.8) prints a misread of it."""
+    """SiD's times for the generator, t in [0.002, 24.41]: the sampler's schedule at r ~ U[0, r_max], as SiD's
+    code has it; (B.8) prints another range."""
     r = r_max * torch.rand(shape, **where)
     return (sigma_max**(1 / rho) + (1 - r) * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
 
@@ -137,22 +130,22 @@ def lambda_edm(t, sigma_data=0.5):
     return (t**2 + sigma_data**2) / (t * sigma_data)**2
 
 
-# ---- Losses. Freezing weights is the caller's (train_only); nothing is detached here unless the method says so ----
+# ---- Losses. Which weights are frozen is the caller's business (train_only); SIM detaches nothing ----
 def diffuse(x_0, t, eps=None):
-    """x_t of the forward process; eps (default: fresh noise) has x_0's shape."""
+    """x_t; eps of x_0's shape, fresh noise unless given."""
     return x_0 + t * (torch.randn_like(x_0) if eps is None else eps)  # (B.12)
 
 
 def dsm_loss(d_psi, x_0, t, eps=None, weight=lambda_edm):
-    """Denoising score matching, (B.2): teaches d_psi the denoiser of the distribution x_0 comes from. -> (B,)"""
+    """Denoising score matching, (B.2): teaches d_psi the denoiser of whatever x_0 is drawn from. -> (B,)"""
     return batch_sum(weight(t) * (d_psi(diffuse(x_0, t, eps), t) - x_0)**2)
 
 
 def sim_loss(d_psi, d_q, x_0, t, distance, eps=None):
-    """Score Implicit Matching, (3.7) as (B.13). -> (loss (B,), y_t detached).
+    """Score Implicit Matching, (3.7) in denoiser form. -> (loss (B,), y_t (B, ...) detached)
 
-    The gradient flows from x_0 through x_t into both networks. The loss itself is about 0 at all times
-    (score projection, A.1): watch E d(y_t), the estimate of (3.3)."""
+    The gradient flows from x_0 through x_t into both networks. The value is about 0 at all times (the
+    score-projection identity, A.1): what falls is E d(y_t), the estimate of (3.3)."""
     x_t = diffuse(x_0, t, eps)
     f = d_psi(x_t, t)
     y_t = f - d_q(x_t, t)
@@ -160,18 +153,18 @@ def sim_loss(d_psi, d_q, x_0, t, distance, eps=None):
 
 
 def sid_loss(d_psi, d_q, x_0, t, alpha, eps=None):
-    """SiD (Zhou et al. 2024, as its code computes it): squared l2, minus alpha of the naive loss |y|^2, over (B.11)
-    in denoiser form. -> (loss (B,), y_t detached)."""
+    """SiD (Zhou et al. 2024), as its code computes it: half of SIM's l2, less (alpha - 1) |y|^2, over (B.11) in
+    denoiser form. -> (loss (B,), y_t detached)"""
     x_t = diffuse(x_0, t, eps)
     f, q = d_psi(x_t, t), d_q(x_t, t)
     y_t = f - q
-    w = (batch_sum((x_0 - q).abs()) / x_0[0].numel()).clamp(min=1e-5).detach()  # 1e-5: SiD's code
+    w = (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # 1e-5: SiD's code
     return (-batch_sum(y_t * (f - x_0)) + (1 - alpha) * batch_sum(y_t**2)) / w, y_t.detach()
 
 
 def di_loss(d_psi, d_q, x_0, t, eps=None):
-    """Diff-Instruct (Luo et al. 2023): the gradient of the KL divergence, no gradient through either network.
-    -> (loss (B,), y_t)."""
+    """Diff-Instruct (Luo et al. 2023), the gradient of the KL divergence: nothing flows through the networks.
+    -> (loss (B,), y_t detached)"""
     with torch.no_grad():
         x_t = diffuse(x_0, t, eps)
         y_t = d_psi(x_t, t) - d_q(x_t, t)
@@ -180,20 +173,20 @@ def di_loss(d_psi, d_q, x_0, t, eps=None):
 
 @torch.no_grad()
 def edm_sampler(denoise, z, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7):
-    """Heun's method, Algorithm 2 of Karras et al. 2022 without churn: 2 num_steps - 1 evaluations of denoise.
-    z (B, ...) is standard normal. Runs in float64 where the device has it; denoise sees z's dtype."""
+    """Heun's method: Karras et al. 2022, Algorithm 2 without churn; 2 num_steps - 1 evaluations of denoise.
+    z (B, ...) is standard normal. x is kept in float64 where the device has it; denoise sees z's dtype."""
     step = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     t = (sigma_max**(1 / rho) + step * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho  # their (5)
     t = [*t.tolist(), 0.0]
 
-    def slope(x, t):  # dx/dt of the probability flow ODE
+    def slope(x, t):  # dx/dt of the probability flow
         return (x - denoise(x.to(z.dtype), z.new_full((len(z), *[1] * (z.ndim - 1)), t))) / t
 
-    x = t[0] * (z if z.device.type == "mps" else z.double())  # MPS has no float64
-    for t_cur, t_next in zip(t[:-1], t[1:]):
+    x = t[0] * (z if z.device.type == "mps" else z.double())
+    for t_cur, t_next in zip(t, t[1:]):
         d_cur = slope(x, t_cur)
         x_next = x + (t_next - t_cur) * d_cur
-        if t_next > 0:  # Heun's correction, impossible at t = 0
+        if t_next > 0:  # the second order, which has no slope to look up at t = 0
             x_next = x + (t_next - t_cur) * (d_cur + slope(x_next, t_next)) / 2
         x = x_next
     return x.to(z.dtype)
@@ -201,27 +194,27 @@ def edm_sampler(denoise, z, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7):
 
 # ---- Networks ----
 class EDMPrecond(nn.Module):
-    """EDM's preconditioning (Karras et al. 2022, Table 1) around a network model(x, c_noise (B,)).
+    """EDM's preconditioning (Karras et al. 2022, Table 1) of a network model(x (B, ...), c_noise (B,) or (1,)).
 
-    net(x (B, ...), t a number, (B,) or (B, 1, ..., 1)) -> the denoised x. net(z, t_star) is the generator, (B.4)."""
+    net(x, t) with t a number, (B,) or (B, 1, ..., 1) -> denoised x; net(z, t_star) is the generator (B.4)."""
     def __init__(self, model, sigma_data=0.5):
         super().__init__()
         self.model, self.sigma_data = model, sigma_data
 
     def forward(self, x, t):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
-        total = t**2 + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / total, t * self.sigma_data / total.sqrt(), 1 / total.sqrt()
+        var = t**2 + self.sigma_data**2
+        c_skip, c_out, c_in = self.sigma_data**2 / var, t * self.sigma_data / var.sqrt(), 1 / var.sqrt()
         return c_skip * x + c_out * self.model(c_in * x, t.flatten().log() / 4)
 
 
 class MLP(nn.Module):
-    """x (B, dim), c_noise (B,) or (1,) -> (B, dim): a perceptron on x and `waves` cosines and sines of c_noise."""
-    def __init__(self, dim=2, width=128, depth=3, waves=16):
+    """A perceptron on x and cosines and sines of c_noise: x (B, dim), c_noise (B,) or (1,) -> (B, dim)."""
+    def __init__(self, dim=2, width=64, depth=4, waves=16):
         super().__init__()
         sizes = [dim + 2 * waves] + [width] * depth
-        self.layers = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())],
-                                    nn.Linear(width, dim))
+        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
         self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4, waves))
 
     def forward(self, x, c_noise):
@@ -231,100 +224,111 @@ class MLP(nn.Module):
 
 # ---- Training ----
 def train_only(net, frozen):
-    """Switch the phases of Algorithm 2: net learns, in train mode; frozen's weights get no gradient, in eval mode.
-    What flows through frozen is still differentiated, as (B.13) needs."""
+    """The two phases of Algorithm 2: net learns, in train mode; frozen's weights get no gradient, in eval mode.
+    What passes through frozen is still differentiated with respect to its input, as (B.13) needs."""
     net.train().requires_grad_(True)
     frozen.eval().requires_grad_(False)
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):
-    """EMA decay for one step of `batch` images after `images` of them: half_life in images, shorter at the start
-    (EDM; 5e5 and 0.05 are SiD's, the paper is silent)."""
+    """The EMA's decay at a step of `batch` images that follows `images`: half_life counts images, and is shorter
+    at the start. As in EDM; 5e5 and 0.05 are those of SiD's code, the paper is silent."""
     return 0.5**(batch / max(min(half_life, ramp_up * images), 1e-8))
 
 
 @torch.no_grad()
 def ema_update(ema, net, beta):
-    """ema <- beta ema + (1 - beta) net, parameter by parameter; buffers are copied."""
+    """ema <- beta ema + (1 - beta) net, for every parameter; buffers are constants here."""
     for a, b in zip(ema.parameters(), net.parameters()):
         a.lerp_(b, 1 - beta)
-    for a, b in zip(ema.buffers(), net.buffers()):
-        a.copy_(b)
 
 
 def pick_device(name="auto"):
-    """"auto" takes cuda, then mps, then cpu; a device named and not there is a UserError."""
+    """"auto" is cuda, else mps, else cpu. UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not there ({first_line(error)}): try --device cpu") from None
+        raise UserError(f"no device {name!r} here ({first_line(error)}): try --device cpu") from None
 
 
 # ---- Errors and the command line ----
 class UserError(Exception):
-    """Something the user can mend, in one line: what was wrong, what was expected, what to do."""
+    """What the user can mend, in one line: what was wrong, what was expected, what to do."""
 
 
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def one_line_errors(main):
-    """Decorates a script's main(argv=None): user errors end in one line on stderr and exit status 2."""
+    """Decorates a script's main(argv=None): a user's mistake is one line on stderr and exit status 2."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
         except (UserError, OSError) as error:
-            print(f"error: {first_line(error)}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+            print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
             sys.exit(130)
     return wrapped
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the module docstring as it is."""
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in the help, whole option names only, and errors of one line."""
+    """argparse with whole option names only, and errors of one line."""
     def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=type(
-            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
 def number(kind, zero=False):
-    """An argparse type: a finite number of this kind (int or float) above zero, or zero too."""
+    """An argparse type: a finite int or float above zero, or zero too."""
     def parse(text):
         try:
             value = kind(text)
+            require(0 < value < math.inf or (zero and value == 0), "out of range")
+            return value
         except ValueError:
-            value = math.nan
-        if not (0 < value < math.inf or (zero and value == 0)):
-            what = f"{'non-negative' if zero else 'positive'} {'integer' if kind is int else 'number'}"
-            raise argparse.ArgumentTypeError(f"expected a {what}, got {text!r}")
-        return value
+            what = f"{kind.__name__} {'>=' if zero else '>'} 0"
+            raise argparse.ArgumentTypeError(f"expected a finite {what}, got {text!r}") from None
     return parse
 
 
 def add_method_arguments(parser):
-    """--method, --distance and their parameters, the same in every stage."""
+    """--method, --distance and their parameters: the same in every stage."""
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=("sim", "sid", "di"), default="sim", help="sim_loss or a neighbour")
-    group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d(.), Table 4; also what is logged")
-    group.add_argument("--c", type=number(float), help="phuber's c; 0.001 unless given")
-    group.add_argument("--alpha", type=number(int), help="power's (4 unless given) and exp's (2) exponent, even")
-    group.add_argument("--beta", type=number(float), help="exp's factor; 0.1 unless given")
-    group.add_argument("--delta", type=number(float), help="huber's kink; 1 unless given")
-    group.add_argument("--scale", type=number(float), help="smoothl1's rounding; 0.5 unless given")
-    group.add_argument("--sid-alpha", type=float, default=1.0, help="SiD's alpha; its CIFAR runs take 1.2")
+    group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d, Table 4; logged in any case")
+    for flag, kind, meaning in (("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4), exp's (2)"),
+                                ("--beta", float, "exp's (0.1)"), ("--delta", float, "huber's kink (1)"),
+                                ("--scale", float, "smoothl1's rounding (0.5)")):
+        group.add_argument(flag, type=number(kind), help=meaning)
+    group.add_argument("--sid-alpha", type=float, default=1.0, help="SiD's alpha; its CIFAR-10 runs have 1.2")
+
+
+def add_run_arguments(parser):
+    """What a run needs besides its science: the same in every stage."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, zero=True), default=0, help="of everything random")
+    group.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
+    group.add_argument("--out", metavar="DIR", help="the run's folder; named after the run unless given")
+    group.add_argument("--fresh", action="store_true", help="start anew: an older run in DIR is moved aside")
+    group.add_argument("--save-every", type=number(int), default=500, help="steps between checkpoints")
+    group.add_argument("--sample", metavar="CKPT", help="only draw from a run: its folder, or its g_ema.pt")
+    group.add_argument("--n", type=number(int), default=10_000, help="how many samples --sample draws")
 
 
 def make_distance(args):
-    """The Distance of --distance and its parameters; UserError for one that it does not take or cannot use."""
+    """The Distance of --distance and its parameters. UserError for a parameter it does not take or cannot use."""
     flags = {name: getattr(args, name) for name in ("c", "alpha", "beta", "delta", "scale")}
     given = {name: value for name, value in flags.items() if value is not None}
     takes = inspect.signature(DISTANCES[args.distance]).parameters
@@ -342,10 +346,10 @@ def make_generator_loss(args, distance):
             "sid": functools.partial(sid_loss, alpha=args.sid_alpha), "di": di_loss}[args.method]
 
 
-# ---- Files: written under a temporary name and renamed; read without executing code ----
+# ---- Files: written under a temporary name and renamed; read without executing anything in them ----
 @contextmanager
 def atomic(path):
-    """A temporary name (same folder, same extension) to write to; renamed to path only if the block succeeds."""
+    """Yields a temporary path beside `path`, with its extension; renames it to `path` if the block succeeds."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -356,29 +360,27 @@ def atomic(path):
 
 
 def save(value, path):
-    """A plain dict of tensors, numbers and strings for torch.load(weights_only=True); .json as JSON."""
+    """Plain dicts and lists: .json as JSON, else for torch.load(weights_only=True). UserError if it fails."""
     with atomic(path) as temporary:
         if temporary.suffix == ".json":
-            temporary.write_text(json.dumps(value, indent=1) + "\n")
-            return
+            return temporary.write_text(json.dumps(value, indent=1) + "\n")
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:  # torch's name for a full disk
-            raise UserError(f"could not write {path}: {first_line(error)}") from None
+        except RuntimeError as error:  # torch's way to say that the disk is full
+            raise UserError(f"could not write {path} ({first_line(error)}): is the disk full?") from None
 
 
-def load(path, keys=()):
-    """What save() wrote to a .pt file, on the CPU. UserError if it is missing, damaged or lacks one of the keys."""
+def load(path, keys):
+    """The dict that save() wrote, on the CPU. UserError if it is missing, damaged or lacks one of the keys."""
+    expected = f"expected a file of this project with {', '.join(keys)}"
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: expected a checkpoint written by this project") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no readable checkpoint: damaged, cut short or of another format "
-                        f"({first_line(error)[:80]})") from None
-    if not isinstance(value, dict) or (missing := [key for key in keys if key not in value]):
-        what = f"lacks {', '.join(missing)}" if isinstance(value, dict) else f"holds a {type(value).__name__}"
-        raise UserError(f"{path} {what}: expected a dict with {', '.join(keys)}, written by this project")
+        raise UserError(f"{path} does not exist: {expected}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is cut short, damaged or of another format: {expected}") from error
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise UserError(f"{path} holds something else: {expected}")
     return value
 
 
@@ -391,110 +393,136 @@ def save_state(path, **parts):
 
 
 def load_state(path, **parts):
-    """Restore what save_state() stored into the same parts. UserError if they do not fit."""
+    """Give the same parts back what save_state() stored. UserError if they do not fit."""
     state = load(path, ("rng", *parts))
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{path} does not fit these networks ({first_line(error)})") from None
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not of this run ({first_line(error)}): start anew with --fresh") from None
     torch.set_rng_state(state["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in state["rng"]:
         torch.cuda.set_rng_state_all(state["rng"]["cuda"])
 
 
+def load_generator(path, build):
+    """A run's folder, or its g_ema.pt {net_args, state_dict, t_star, meta} -> (g in eval mode, t_star, meta).
+    build(**net_args) makes the network. UserError if the file is not one of build's."""
+    path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
+    saved = load(path, ("net_args", "state_dict", "t_star", "meta"))
+    try:
+        g = build(**saved["net_args"])
+        g.load_state_dict(saved["state_dict"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no generator of this stage ({first_line(error)})") from None
+    return g.eval().requires_grad_(False), saved["t_star"], saved["meta"]
+
+
 # ---- A run's folder and its log ----
-def open_run(args, ignore=("out", "fresh", "device")):
-    """Create or continue the folder args.out. UserError if it holds another run (naming the arguments that differ)
-    or something else. --fresh moves an older run aside first. -> Path"""
-    folder, now = Path(args.out), {k: v for k, v in vars(args).items() if k not in ignore}
-    known = folder / "args.json"
-    if folder.exists() and not (folder.is_dir() and (known.exists() or not any(folder.iterdir()))):
-        raise UserError(f"--out {folder} is in use and is no run's folder: name another one")
+def open_run(args, ignore):
+    """Make or continue the folder args.out; args.json keeps the arguments, but for those to ignore. -> Path
+
+    UserError, with nothing touched, if the folder holds another run (naming what differs) or no run at all."""
+    folder, known = Path(args.out), Path(args.out) / "args.json"
+    now = {name: value for name, value in vars(args).items() if name not in ignore}
+    if folder.exists() and not known.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--out {folder} exists and is no run's folder: name another")
     if args.fresh and known.exists():
-        aside = next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-        folder.rename(aside)
-        print(f"moved the older run to {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
+        names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10**6))
+        print(f"moved the older run to {folder.rename(next(name for name in names if not name.exists()))}")
     if known.exists():
         try:
-            then = json.loads(known.read_text())
-        except ValueError:
+            then = dict(json.loads(known.read_text()))
+        except (ValueError, TypeError):
             raise UserError(f"{known} is damaged: name another --out, or start anew with --fresh") from None
-        differs = [f"--{k.replace('_', '-')} {then.get(k)} there, {now.get(k)} here"
-                   for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+        differs = [f"{name} is {then.get(name)} there and {now.get(name)} here"
+                   for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
         if differs:
-            raise UserError(f"{folder} holds a run with other arguments ({'; '.join(differs)}): "
+            raise UserError(f"{folder} holds another run ({'; '.join(differs)}): "
                             "name another --out, or start anew with --fresh")
+    folder.mkdir(parents=True, exist_ok=True)
     save(now, known)
     return folder
 
 
 class Log:
-    """Means over the steps between two lines, to log.jsonl and to the screen: a progress bar with ETA on a terminal,
-    plain lines elsewhere. Its sums are part of the checkpoint, so that a resumed log has no seam."""
+    """Means over the steps between two lines, to log.jsonl and to the screen: a bar with ETA on a terminal, plain
+    lines elsewhere. Its state is part of the checkpoint, so that the log of a resumed run has no seam."""
     def __init__(self, path, steps):
         self.path, self.steps, self.step, self.saved = Path(path), steps, 0, 0
         self.sums, self.counts, self.seconds, self.begun = {}, {}, 0.0, time.time()
         self.bar = tqdm(total=steps, disable=None)  # None: silent unless stderr is a terminal
+
+    def elapsed(self):
+        """Seconds of this run, those before an interruption included."""
+        return self.seconds + time.time() - self.begun
+
+    def read(self):
+        """log.jsonl as a list of dicts, without a last line cut short by a kill."""
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def state_dict(self):
         self.saved = self.step
         return {"step": self.step, "sums": self.sums, "counts": self.counts, "seconds": self.elapsed()}
 
     def load_state_dict(self, state):
-        """Go on after the state's step, dropping the lines that a killed run wrote past its checkpoint."""
-        self.sums, self.counts, self.seconds = dict(state["sums"]), dict(state["counts"]), state["seconds"]
-        self.begun, self.step, self.saved, self.bar.n = time.time(), *[state["step"]] * 3
+        """Go on after the state's step; lines that a killed run wrote past it are dropped, to be written again."""
+        self.step, self.sums, self.counts = state["step"], dict(state["sums"]), dict(state["counts"])
+        self.saved, self.bar.n, self.seconds, self.begun = self.step, self.step, state["seconds"], time.time()
         lines = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= self.step]
         with atomic(self.path) as temporary:
             temporary.write_text("".join(lines))
 
-    def read(self):
-        """The log as a list of dicts; a last line cut short by a kill is dropped."""
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def elapsed(self):
-        return self.seconds + time.time() - self.begun
-
     def add(self, **values):
-        """Count in tensors of any shape by their mean. UserError, before the weights are touched, if not finite."""
+        """Count tensors in, by their mean. UserError, before any weight is touched by it, if not finite."""
         for name, value in values.items():
             mean = value.detach().float().mean().item()
             if not math.isfinite(mean):
-                raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is that of step "
-                                f"{self.saved} beside {self.path}: start anew with a smaller --lr (--fresh)")
+                raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is step {self.saved}"
+                                f" in {self.path.parent}. Start anew (--fresh) with a smaller --lr")
             self.sums[name] = self.sums.get(name, 0.0) + mean
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def write(self, **extra):
-        """One line: the means since the last one, and `extra` as it is."""
-        line = {"step": self.step, **{k: v / self.counts[k] for k, v in self.sums.items()}, **extra,
-                "seconds": round(self.elapsed(), 2)}
+    def write(self, **values):
+        """A line: the means since the last one, and values as they are."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        numbers = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k not in ("step", "seconds"))
-        self.bar.set_postfix_str(numbers, refresh=False)
+            file.write(json.dumps({"step": self.step, **means, **values, "seconds": self.elapsed()}) + "\n")
+        text = "  ".join(f"{name} {value:.4g}" for name, value in (means | values).items())
+        eta = self.elapsed() / max(self.step, 1) * (self.steps - self.step)
         if self.bar.disable:
-            eta = self.elapsed() / self.step * (self.steps - self.step) if self.step else math.nan
-            print(f"step {self.step}/{self.steps}  {numbers}  {self.elapsed():.0f} s, {eta:.0f} s to go", flush=True)
+            print(f"step {self.step}/{self.steps}  {text}  {self.elapsed():.0f} s, {eta:.0f} s to go", flush=True)
+        self.bar.set_postfix_str(text, refresh=False)
 
     def advance(self):
+        """The step is done."""
         self.step += 1
         self.bar.update()
 
 
 # ---- Pictures ----
-def image_grid(images, columns):
-    """uint8 (N, 3, H, W) -> one Pillow image, row by row; the last row is filled up with black."""
+def image_grid(images, columns=1):
+    """uint8 (N, 3, H, W) -> a Pillow image, row by row, what is left of the last row black."""
     images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
-    return Image.fromarray(rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns).numpy())
+    return Image.fromarray(rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns).cpu().numpy())
 
 
-def save_gif(frames, path, milliseconds=100, hold=2000):
-    """A looping GIF of Pillow images, its last frame held. """
-    times = [milliseconds] * (len(frames) - 1) + [hold]
+def save_picture(image, path, frames=(), milliseconds=120, hold=2500):
+    """A Pillow image to path; with the frames that follow it, a looping GIF that holds the last one."""
+    gif = {"append_images": frames, "duration": [milliseconds] * len(frames) + [hold], "loop": 0}
     with atomic(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=times, loop=0)
+        image.save(temporary, save_all=True, **gif) if frames else image.save(temporary)
+
+
+def plot_log(path, lines, curves):
+    """curves {key of log.jsonl's lines: label} over the steps, both axes logarithmic."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for key, label in curves.items():
+        axes.plot(*zip(*[(line["step"], line[key]) for line in lines if key in line]), label=label)
+    axes.set(xlabel="step", xscale="symlog", yscale="log")
+    axes.legend(frameon=False)
+    with atomic(path) as temporary:
+        figure.savefig(temporary)

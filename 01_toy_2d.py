@@ -61,7 +61,7 @@ def make_mixture(name, device="cpu"):
     half_turn, arm = torch.linspace(0, math.pi, 24), torch.linspace(0.04, 1, 48).sqrt()
     moon = 0.8 * polar(torch.ones(24), half_turn) - torch.tensor([0.4, 0.2])
     means, std = {"ring": (polar(torch.ones(8), torch.arange(8) * math.pi / 4), 0.1),
-                  "grid": (torch.cartesian_prod(*[torch.linspace(-1, 1, 5)] * 2), 0.05),
+                  "grid": (torch.cartesian_prod(*[torch.linspace(-1, 1, 4)] * 2), 0.07),
                   "spiral": (polar(1.2 * arm, 3 * math.pi * arm), 0.05),
                   "moons": (torch.cat([moon, -moon]), 0.06)}[name]
     return Mixture(means.to(device), std)

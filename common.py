@@ -209,16 +209,18 @@ class EDMPrecond(nn.Module):
 
 
 class MLP(nn.Module):
-    """A perceptron on x and cosines and sines of c_noise: x (B, dim), c_noise (B,) or (1,) -> (B, dim)."""
+    """A perceptron on x, c_noise and cosines and sines of both: x (B, dim), c_noise (B,) or (1,) -> (B, dim).
+    Without the waves of x it is too smooth to see the fine structure of its own samples."""
     def __init__(self, dim=2, width=64, depth=4, waves=16):
         super().__init__()
-        sizes = [dim + 2 * waves] + [width] * depth
+        sizes = [dim + 2 * waves * (dim + 1)] + [width] * depth
         layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
         self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4, waves))
 
     def forward(self, x, c_noise):
-        angles = (c_noise[:, None] * self.frequencies).expand(len(x), -1)  # (B, waves)
+        inputs = torch.cat([x, c_noise[:, None].expand(len(x), 1)], dim=1)  # (B, dim + 1)
+        angles = (inputs[:, :, None] * self.frequencies).flatten(1)  # (B, (dim + 1) waves)
         return self.layers(torch.cat([x, angles.cos(), angles.sin()], dim=1))
 
 

@@ -317,16 +317,24 @@ def add_method_arguments(parser):
     group.add_argument("--sid-alpha", type=float, default=1.0, help="SiD's alpha; its CIFAR-10 runs have 1.2")
 
 
-def add_run_arguments(parser):
-    """What a run needs besides its science: the same in every stage."""
+def add_run_arguments(parser, **defaults):
+    """What a run needs besides its science: the same in every stage, but for the defaults."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=number(int), help="updates of the generator")
+    group.add_argument("--batch", type=number(int), help="samples in an update")
+    group.add_argument("--lr", type=number(float), help="of both Adams")
+    group.add_argument("--t-star", type=number(float), default=2.5, help="t* of (B.4), Table 5")
+    group.add_argument("--psi-updates", type=number(int), default=1, help="per update of g; Listing 1 has 2")
+    group.add_argument("--ema-half-life", type=number(float), help="of the generator's average, in samples")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, zero=True), default=0, help="of everything random")
     group.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
     group.add_argument("--out", metavar="DIR", help="the run's folder; named after the run unless given")
     group.add_argument("--fresh", action="store_true", help="start anew: an older run in DIR is moved aside")
-    group.add_argument("--save-every", type=number(int), default=500, help="steps between checkpoints")
+    group.add_argument("--save-every", type=number(int), help="steps between checkpoints")
     group.add_argument("--sample", metavar="CKPT", help="only draw from a run: its folder, or its g_ema.pt")
-    group.add_argument("--n", type=number(int), default=10_000, help="how many samples --sample draws")
+    group.add_argument("--n", type=number(int), help="how many samples --sample draws")
+    parser.set_defaults(**defaults)
 
 
 def make_distance(args):

@@ -63,7 +63,7 @@ def test_exact_score_is_the_gradient_of_the_log_density(a, s, std):
     (score,) = torch.autograd.grad(density.log_prob(x).sum(), x)
     mixture = toy.Mixture(means, std)
     torch.testing.assert_close(mixture.score(x, s, a), score)
-    torch.testing.assert_close(mixture.denoise(x, s, a), (x + s**2 * score) / a)  # Tweedie
+    torch.testing.assert_close(mixture.denoiser(x, s, a), (x + s**2 * score) / a)  # Tweedie
 
 
 def test_exact_denoiser_is_the_posterior_mean():
@@ -72,7 +72,7 @@ def test_exact_denoiser_is_the_posterior_mean():
     x_0 = mixture.sample(1_000_000)
     x_t = x_0 + 0.3 * torch.randn_like(x_0)
     near = (x_t - torch.tensor([0.7, 0.2])).norm(dim=1) < 0.03
-    torch.testing.assert_close(mixture.denoise(x_t[near], 0.3).mean(0), x_0[near].mean(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(mixture.denoiser(x_t[near], 0.3).mean(0), x_0[near].mean(0), atol=0.01, rtol=0)
 
 
 def test_measures():

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from common import (DISTANCES, MLP, Distance, EDMPrecond, Log, Parser, add_method_arguments,
                     add_run_arguments, atomic, batch_sum, diffuse, dsm_loss, edm_sampler, ema_beta,
                     ema_update, image_grid, lambda_edm, load_generator, load_state, make_distance,
-                    make_generator_loss, number, one_line_errors, open_run, p_edm, pick_device, plot_log, save,
-                    save_picture, save_state, sim_loss, train_only)
+                    make_generator_loss, number, one_line_errors, open_run, p_edm, pick_device, plot_log,
+                    save, save_picture, save_state, sim_loss, train_only)
 
 
 # ---- Gaussian mixtures: the teacher, and with std = 0 the student of the theorem ----
@@ -50,8 +50,8 @@ class Mixture:
     def sample(self, n, generator=None):
         """-> (n, D) exact samples of p_0."""
         where = {"device": self.means.device, "generator": generator}
-        means = self.means[torch.randint(len(self.means), (n,), **where)]
-        return means + self.std * torch.randn(means.shape, **where)
+        which = torch.randint(len(self.means), (n,), **where)
+        return self.means[which] + self.std * torch.randn(n, self.means.shape[1], **where)
 
 
 def polar(radius, angle):
@@ -62,7 +62,7 @@ def make_mixture(name, device="cpu"):
     half_turn, arm = torch.linspace(0, math.pi, 24), torch.linspace(0.04, 1, 48).sqrt()
     moon = 0.8 * polar(torch.ones(24), half_turn) - torch.tensor([0.4, 0.2])
     means, std = {"ring": (polar(torch.ones(8), torch.arange(8) * math.pi / 4), 0.1),
-                  "grid": (torch.cartesian_prod(*[torch.linspace(-1, 1, 4)] * 2), 0.07),
+                  "grid": (torch.cartesian_prod(*[torch.linspace(-1, 1, 3)] * 2), 0.1),
                   "spiral": (polar(1.2 * arm, 3 * math.pi * arm), 0.05),
                   "moons": (torch.cat([moon, -moon]), 0.06)}[name]
     return Mixture(means.to(device), std)
@@ -163,17 +163,15 @@ def theorem(thorough=False):
 
 # ---- B. Distillation ----
 NET_ARGS = {"dim": 2, "width": 64, "depth": 4, "waves": 16}
-
-
-def make_denoiser(**net_args):
-    return EDMPrecond(MLP(**net_args))
+make_denoiser = lambda **net_args: EDMPrecond(MLP(**net_args))
 
 
 def pretrain(mixture, args):
     """A denoiser of the mixture, by dsm_loss: what g and d_psi start from, and d_q with --teacher learned."""
     net = make_denoiser(**NET_ARGS).to(mixture.means.device)
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
-    for step in tqdm(range(args.pretrain_steps), "pretraining", disable=None):
+    print(f"pretraining a denoiser of the {args.mixture}: {args.pretrain_steps} steps", flush=True)
+    for step in tqdm(range(args.pretrain_steps), disable=None):
         optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / args.pretrain_steps)
         x_0 = mixture.sample(args.batch)
         loss = dsm_loss(net, x_0, p_edm((args.batch, 1), device=x_0.device)).mean()
@@ -275,8 +273,8 @@ def mode_shares(x, mixture):
 
 def projections(x, directions=200):
     """x (N, 2) projected on directions all around, (N, directions), each projection sorted."""
-    angle = math.pi * torch.arange(directions, device=x.device) / directions
-    return (x @ polar(torch.ones_like(angle), angle).T).sort(dim=0)[0]
+    around = polar(torch.ones(directions), math.pi * torch.arange(directions) / directions)
+    return (x @ around.T.to(x)).sort(dim=0)[0]
 
 
 def sliced_w2(a, b):
@@ -286,7 +284,7 @@ def sliced_w2(a, b):
 
 @torch.no_grad()
 def evaluate(args, mixture, g, d_q, seconds, n=10_000, sets=8):
-    """Exact, the teacher's and one-step samples against exact ones, in pairs of sets. -> metrics, a set of each"""
+    """Exact, the teacher's and one-step samples, against exact ones in pairs of sets. -> metrics, samples"""
     random = torch.Generator(mixture.means.device).manual_seed(1)
     normal = partial(torch.randn, n, 2, device=mixture.means.device, generator=random)
     points = {"_exact": [mixture.sample(n, random) for _ in range(sets)],
@@ -297,8 +295,8 @@ def evaluate(args, mixture, g, d_q, seconds, n=10_000, sets=8):
     metrics["seconds"] = round(seconds, 1)
     for end, many in points.items():
         w2 = [sliced_w2(lines[end][i], lines["_exact"][j]) for i in range(sets) for j in range(i)]
-        on_modes, shares = mode_shares(torch.cat(many), mixture)
-        metrics |= {"share_on_modes" + end: on_modes, "mode_shares" + end: shares, "sw2" + end: np.mean(w2).item()}
+        metrics[f"share_on_modes{end}"], metrics[f"mode_shares{end}"] = mode_shares(torch.cat(many), mixture)
+        metrics[f"sw2{end}"] = sum(w2) / len(w2)
     return metrics, [many[0] for many in points.values()]
 
 
@@ -323,9 +321,9 @@ def distil(args, folder, mixture):
     """B as a whole: train, measure, draw."""
     (folder / "samples").mkdir(exist_ok=True)
     parts = prepare(args, folder, mixture)
-    g, d_q, log = parts["g_ema"], mixture.denoiser if args.teacher == "exact" else parts["d_q"], parts["log"]
+    d_q, log = mixture.denoiser if args.teacher == "exact" else parts["d_q"], parts["log"]
     train(args, folder, mixture, d_q, parts)
-    m, samples = evaluate(args, mixture, g, d_q, log.elapsed())
+    m, samples = evaluate(args, mixture, parts["g_ema"], d_q, log.elapsed())
     save(m, folder / "metrics.json")
     titles = {"_exact": "data", "_teacher": "teacher, 35 evaluations", "": "one step"}
     panels = torch.stack([panel(mixture, x, title) for x, title in zip(samples, titles.values())])
@@ -338,7 +336,8 @@ def distil(args, folder, mixture):
     for end, title in titles.items():
         shares, on_modes, sw2 = [m[key + end] for key in ("mode_shares", "share_on_modes", "sw2")]
         print(f"{title:25}{on_modes:8.1%}  {min(shares):6.1%} to {max(shares):.1%}     {sw2:.4f}")
-    print(f"see {folder}/samples.png, animation.gif, divergence.png\nnext: python 01_toy_2d.py --sample {folder} --n 5000")
+    print(f"pictures: {folder}/samples.png, animation.gif, divergence.png")
+    print(f"next: python 01_toy_2d.py --sample {folder} --n 5000")
 
 
 def sample(args):
@@ -362,11 +361,10 @@ def parse(argv):
     parser.add_argument("--thorough", action="store_true", help="A at more times, on finer grids: minutes")
     parser.add_argument("--mixture", choices=("ring", "grid", "spiral", "moons"), default="ring", help="data")
     parser.add_argument("--teacher", choices=("exact", "learned"), default="exact", help="or an MLP")
-    parser.add_argument("--p-mean", type=float, default=-1.5, help="of log t for g; (B.10) has -3.5")
-    parser.add_argument("--p-std", type=number(float), default=1.5, help="of log t for g; (B.10) has 2.5")
     parser.add_argument("--pretrain-steps", type=number(int), default=3000, help="of the first denoiser")
     add_method_arguments(parser)
-    add_run_arguments(parser, steps=4000, batch=1024, lr=2e-3, ema_half_life=7e4, save_every=500, n=10_000)
+    add_run_arguments(parser, steps=4000, batch=1024, lr=2e-3, p_mean=-1.5, p_std=1.5, ema_half_life=7e4,
+                      save_every=500, n=10_000)  # measured on the ring
     return parser.parse_args(argv)
 
 
@@ -378,7 +376,7 @@ def main(argv=None):
         return sample(args)
     device, _ = pick_device(args.device), make_distance(args)  # mistakes stop here
     args.out = args.out or f"runs/toy_2d-{args.method}-{args.distance}-{args.seed}"
-    folder = open_run(args, ignore=("out", "fresh", "device", "part", "sample", "n"))
+    folder = open_run(args, ignore=("out", "fresh", "device", "save_every", "part", "sample", "n"))
     if args.part != "distil" and not (folder / "theorem.json").exists():
         save(theorem(args.thorough), folder / "theorem.json")
     if args.part != "theorem":

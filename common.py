@@ -1,9 +1,9 @@
 """What every stage shares: first the paper, then networks, then what a training run needs.
 
-Notation is that of arXiv 2410.16794v1, equation numbers in brackets: g is the one-step generator, d_psi the online
-denoiser that follows it, d_q the frozen teacher, x_t = x_0 + t eps; `d` alone is the distance between two scores.
+The notation is the paper's (arXiv 2410.16794v1, equation numbers in brackets): g is the one-step generator,
+d_psi the online denoiser that follows it, d_q the frozen teacher, x_t = x_0 + t eps; `d` alone is a distance.
 Shapes: data x is (B, ...) of any rank; a time t is (B, 1, ..., 1), to broadcast against x; a loss is (B,).
-A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, with its conditions (class, prompt) closed over.
+A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, its conditions (class, prompt) closed over.
 """
 import argparse
 import functools
@@ -70,7 +70,7 @@ def exp(alpha=2, beta=0.1):
 
 
 def l1():
-    """|y|_1, the one row of Table 4 that autograd gets wrong: sign(y) jumps at 0, its derivative says nothing."""
+    """|y|_1, the row of Table 4 that is wrong under autograd: the jump of sign(y) is lost (01, part A)."""
     return Distance(lambda y: batch_sum(y.abs()), torch.sign)
 
 
@@ -153,8 +153,8 @@ def sim_loss(d_psi, d_q, x_0, t, distance, eps=None):
 
 
 def sid_loss(d_psi, d_q, x_0, t, alpha, eps=None):
-    """SiD (Zhou et al. 2024), as its code computes it: half of SIM's l2, less (alpha - 1) |y|^2, over (B.11) in
-    denoiser form. -> (loss (B,), y_t detached)"""
+    """SiD (Zhou et al. 2024), as its code has it: half of SIM's l2, plus (1 - alpha) |y|^2, over w, which is
+    (B.11) for denoisers. -> (loss (B,), y_t detached)"""
     x_t = diffuse(x_0, t, eps)
     f, q = d_psi(x_t, t), d_q(x_t, t)
     y_t = f - q
@@ -194,9 +194,9 @@ def edm_sampler(denoise, z, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7):
 
 # ---- Networks ----
 class EDMPrecond(nn.Module):
-    """EDM's preconditioning (Karras et al. 2022, Table 1) of a network model(x (B, ...), c_noise (B,) or (1,)).
+    """EDM's preconditioning (Karras et al. 2022, Table 1) of model(x (B, ...), c_noise (B,) or (1,)).
 
-    net(x, t) with t a number, (B,) or (B, 1, ..., 1) -> denoised x; net(z, t_star) is the generator (B.4)."""
+    net(x, t), t a number, (B,) or (B, 1, ..., 1) -> denoised x. net(z, t_star) is the generator, (B.4)."""
     def __init__(self, model, sigma_data=0.5):
         super().__init__()
         self.model, self.sigma_data = model, sigma_data
@@ -226,15 +226,15 @@ class MLP(nn.Module):
 
 # ---- Training ----
 def train_only(net, frozen):
-    """The two phases of Algorithm 2: net learns, in train mode; frozen's weights get no gradient, in eval mode.
-    What passes through frozen is still differentiated with respect to its input, as (B.13) needs."""
+    """For a phase of Algorithm 2: net learns, in train mode; frozen gets no weight gradients, in eval mode.
+    Its output is still differentiated with respect to its input, as (B.13) needs."""
     net.train().requires_grad_(True)
     frozen.eval().requires_grad_(False)
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):
-    """The EMA's decay at a step of `batch` images that follows `images`: half_life counts images, and is shorter
-    at the start. As in EDM; 5e5 and 0.05 are those of SiD's code, the paper is silent."""
+    """The EMA's decay for a batch that follows `images` images: half_life counts images, fewer at the start.
+    The form is EDM's; 5e5 and 0.05 are SiD's code's, the paper is silent."""
     return 0.5**(batch / max(min(half_life, ramp_up * images), 1e-8))
 
 
@@ -308,11 +308,12 @@ def number(kind, zero=False):
 def add_method_arguments(parser):
     """--method, --distance and their parameters: the same in every stage."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=("sim", "sid", "di"), default="sim", help="sim_loss or a neighbour")
-    group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d, Table 4; logged in any case")
-    for flag, kind, meaning in (("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4), exp's (2)"),
-                                ("--beta", float, "exp's (0.1)"), ("--delta", float, "huber's kink (1)"),
-                                ("--scale", float, "smoothl1's rounding (0.5)")):
+    group.add_argument("--method", choices=("sim", "sid", "di"), default="sim", help="or a neighbour")
+    group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d of (3.3), Table 4")
+    for flag, kind, meaning in (
+            ("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4) or exp's (2) exponent, even"),
+            ("--beta", float, "exp's factor (0.1)"), ("--delta", float, "huber's kink (1)"),
+            ("--scale", float, "smoothl1's rounding (0.5)")):
         group.add_argument(flag, type=number(kind), help=meaning)
     group.add_argument("--sid-alpha", type=float, default=1.0, help="SiD's alpha; its CIFAR-10 runs have 1.2")
 
@@ -324,6 +325,8 @@ def add_run_arguments(parser, **defaults):
     group.add_argument("--batch", type=number(int), help="samples in an update")
     group.add_argument("--lr", type=number(float), help="of both Adams")
     group.add_argument("--t-star", type=number(float), default=2.5, help="t* of (B.4), Table 5")
+    group.add_argument("--p-mean", type=float, help="mean of g's log t; (B.10): -3.5")
+    group.add_argument("--p-std", type=number(float), help="standard deviation of g's log t; (B.10): 2.5")
     group.add_argument("--psi-updates", type=number(int), default=1, help="per update of g; Listing 1 has 2")
     group.add_argument("--ema-half-life", type=number(float), help="of the generator's average, in samples")
     group = parser.add_argument_group("run")
@@ -338,7 +341,7 @@ def add_run_arguments(parser, **defaults):
 
 
 def make_distance(args):
-    """The Distance of --distance and its parameters. UserError for a parameter it does not take or cannot use."""
+    """The Distance that the flags describe. UserError for a parameter that it does not take or cannot use."""
     flags = {name: getattr(args, name) for name in ("c", "alpha", "beta", "delta", "scale")}
     given = {name: value for name, value in flags.items() if value is not None}
     takes = inspect.signature(DISTANCES[args.distance]).parameters
@@ -359,7 +362,7 @@ def make_generator_loss(args, distance):
 # ---- Files: written under a temporary name and renamed; read without executing anything in them ----
 @contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, with its extension; renames it to `path` if the block succeeds."""
+    """Yields a temporary path beside `path`, with its extension; renamed to `path` if the block succeeds."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -381,7 +384,7 @@ def save(value, path):
 
 
 def load(path, keys):
-    """The dict that save() wrote, on the CPU. UserError if it is missing, damaged or lacks one of the keys."""
+    """The dict that save() wrote, on the CPU. UserError if it is missing, damaged or lacks a key."""
     expected = f"expected a file of this project with {', '.join(keys)}"
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -432,7 +435,7 @@ def load_generator(path, build):
 def open_run(args, ignore):
     """Make or continue the folder args.out; args.json keeps the arguments, but for those to ignore. -> Path
 
-    UserError, with nothing touched, if the folder holds another run (naming what differs) or no run at all."""
+    UserError, with nothing touched, if the folder holds another run (it names what differs) or no run."""
     folder, known = Path(args.out), Path(args.out) / "args.json"
     now = {name: value for name, value in vars(args).items() if name not in ignore}
     if folder.exists() and not known.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -456,8 +459,8 @@ def open_run(args, ignore):
 
 
 class Log:
-    """Means over the steps between two lines, to log.jsonl and to the screen: a bar with ETA on a terminal, plain
-    lines elsewhere. Its state is part of the checkpoint, so that the log of a resumed run has no seam."""
+    """Means over the steps between two lines, to log.jsonl and to the screen (a bar on a terminal, else plain
+    lines). Its state is part of the checkpoint, so that the log of a resumed run has no seam."""
     def __init__(self, path, steps):
         self.path, self.steps, self.step, self.saved = Path(path), steps, 0, 0
         self.sums, self.counts, self.seconds, self.begun = {}, {}, 0.0, time.time()
@@ -477,9 +480,10 @@ class Log:
         return {"step": self.step, "sums": self.sums, "counts": self.counts, "seconds": self.elapsed()}
 
     def load_state_dict(self, state):
-        """Go on after the state's step; lines that a killed run wrote past it are dropped, to be written again."""
+        """Go on after the state's step; lines that a killed run wrote past it are dropped."""
         self.step, self.sums, self.counts = state["step"], dict(state["sums"]), dict(state["counts"])
-        self.saved, self.bar.n, self.seconds, self.begun = self.step, self.step, state["seconds"], time.time()
+        self.saved = self.bar.initial = self.bar.n = self.step
+        self.seconds, self.begun = state["seconds"], time.time()
         lines = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= self.step]
         with atomic(self.path) as temporary:
             temporary.write_text("".join(lines))
@@ -489,8 +493,8 @@ class Log:
         for name, value in values.items():
             mean = value.detach().float().mean().item()
             if not math.isfinite(mean):
-                raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is step {self.saved}"
-                                f" in {self.path.parent}. Start anew (--fresh) with a smaller --lr")
+                raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is step "
+                                f"{self.saved} in {self.path.parent}. Try --fresh with a smaller --lr")
             self.sums[name] = self.sums.get(name, 0.0) + mean
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -498,18 +502,22 @@ class Log:
         """A line: the means since the last one, and values as they are."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
+        line = {"step": self.step, **means, **values, "seconds": round(self.elapsed(), 2)}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": self.step, **means, **values, "seconds": self.elapsed()}) + "\n")
+            file.write(json.dumps(line) + "\n")
         text = "  ".join(f"{name} {value:.4g}" for name, value in (means | values).items())
-        eta = self.elapsed() / max(self.step, 1) * (self.steps - self.step)
-        if self.bar.disable:
-            print(f"step {self.step}/{self.steps}  {text}  {self.elapsed():.0f} s, {eta:.0f} s to go", flush=True)
         self.bar.set_postfix_str(text, refresh=False)
+        if self.bar.disable:
+            now = self.elapsed()
+            eta = now / max(self.step, 1) * (self.steps - self.step)
+            print(f"step {self.step}/{self.steps}  {text}  {now:.0f} s, {eta:.0f} s to go", flush=True)
 
     def advance(self):
         """The step is done."""
         self.step += 1
         self.bar.update()
+        if self.step == self.steps:
+            self.bar.close()
 
 
 # ---- Pictures ----

@@ -1,4 +1,5 @@
-"""The first half of common.py against independent references: autograd, finite differences, closed forms, scipy."""
+"""The first half of common.py against independent references: autograd, differences, closed forms, scipy."""
+
 import math
 
 import numpy as np
@@ -28,7 +29,14 @@ from common import (
     train_only,
 )
 
-ALL = [make() for make in DISTANCES.values()] + [phuber(0.5), power(2), power(6), exp(4, 0.3), huber(0.2), smoothl1(2)]
+ALL = [make() for make in DISTANCES.values()] + [
+    phuber(0.5),
+    power(2),
+    power(6),
+    exp(4, 0.3),
+    huber(0.2),
+    smoothl1(2),
+]
 SHAPES = [(4,), (4, 2), (3, 3, 4, 4)]
 
 
@@ -69,11 +77,26 @@ def test_phuber_takes_the_norm_of_the_whole_sample():
     assert phuber().d_prime(y).flatten(1).norm(dim=1).max() < 1  # the misprinted 2 y / sqrt(.) has norm 2
 
 
-@pytest.mark.parametrize("make", [
-    lambda: phuber(0), lambda: phuber(-1), lambda: phuber(math.nan), lambda: phuber(math.inf), lambda: power(3),
-    lambda: power(0), lambda: power(-2), lambda: power(2.5), lambda: power(math.nan), lambda: exp(2, 0),
-    lambda: exp(3, 1), lambda: huber(0), lambda: smoothl1(-1), lambda: p_edm(3, t_min=2, t_max=1),
-    lambda: p_edm(3, truncate="drop")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: phuber(0),
+        lambda: phuber(-1),
+        lambda: phuber(math.nan),
+        lambda: phuber(math.inf),
+        lambda: power(3),
+        lambda: power(0),
+        lambda: power(-2),
+        lambda: power(2.5),
+        lambda: power(math.nan),
+        lambda: exp(2, 0),
+        lambda: exp(3, 1),
+        lambda: huber(0),
+        lambda: smoothl1(-1),
+        lambda: p_edm(3, t_min=2, t_max=1),
+        lambda: p_edm(3, truncate="drop"),
+    ],
+)
 def test_arguments_are_checked(make):
     with pytest.raises(ValueError):
         make()
@@ -84,8 +107,12 @@ def test_log_normal_times():
     torch.manual_seed(0)
     for p, mean, std in ((p_edm, -1.2, 1.2), (p_sim, -3.5, 2.5), (lambda n: p_edm(n, -2, 2), -2, 2)):
         assert stats.kstest(p((20_000,)).log().numpy(), "norm", (mean, std)).pvalue > 1e-3
-    assert (p_sim(100_000) < 0.01).float().mean() == pytest.approx(0.33, abs=0.01)  # the shares that facts of the
-    assert (p_edm(100_000) < 0.01).float().mean() == pytest.approx(0.002, abs=0.001)  # paper's constants imply
+    assert (p_sim(100_000) < 0.01).float().mean() == pytest.approx(
+        0.33, abs=0.01
+    )  # the shares that facts of the
+    assert (p_edm(100_000) < 0.01).float().mean() == pytest.approx(
+        0.002, abs=0.001
+    )  # paper's constants imply
     assert p_edm((5, 1, 1, 1)).shape == (5, 1, 1, 1)
 
 
@@ -109,7 +136,9 @@ def test_karras_times():
 
 def test_lambda_edm_makes_the_target_of_unit_variance():
     t = torch.tensor([0.01, 0.5, 3.0])
-    torch.testing.assert_close(lambda_edm(t), 1 / (t * 0.5 / (t**2 + 0.25).sqrt())**2)  # 1 / c_out^2, EDM's Table 1
+    torch.testing.assert_close(
+        lambda_edm(t), 1 / (t * 0.5 / (t**2 + 0.25).sqrt()) ** 2
+    )  # 1 / c_out^2, EDM's Table 1
 
 
 # ---- losses ----
@@ -124,9 +153,11 @@ PSI, Q = linear_denoiser(1), linear_denoiser(2)
 
 def test_dsm_loss():
     x_t = X_0 + T * EPS
-    expected = ((PSI(x_t, T) - X_0)**2).flatten(1).sum(1) * lambda_edm(T).flatten()
+    expected = ((PSI(x_t, T) - X_0) ** 2).flatten(1).sum(1) * lambda_edm(T).flatten()
     torch.testing.assert_close(dsm_loss(PSI, X_0, T, EPS), expected)
-    torch.testing.assert_close(dsm_loss(PSI, X_0, T, EPS, weight=torch.ones_like), expected / lambda_edm(T).flatten())
+    torch.testing.assert_close(
+        dsm_loss(PSI, X_0, T, EPS, weight=torch.ones_like), expected / lambda_edm(T).flatten()
+    )
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -142,8 +173,12 @@ def test_sim_loss_is_b13_and_detaches_nothing(name):
     torch.testing.assert_close(loss, formula(X_0))
     assert not y_t.requires_grad and y_t.shape == X_0.shape
     v, h = random(7, 2, 3, seed=8), 1e-6
-    numeric = (formula(X_0 + h * v) - formula(X_0 - h * v)).sum() / (2 * h)  # a detach would show as a difference
-    assert (torch.autograd.grad(loss.sum(), x_0)[0] * v).sum().item() == pytest.approx(numeric.item(), rel=1e-6)
+    numeric = (formula(X_0 + h * v) - formula(X_0 - h * v)).sum() / (
+        2 * h
+    )  # a detach would show as a difference
+    assert (torch.autograd.grad(loss.sum(), x_0)[0] * v).sum().item() == pytest.approx(
+        numeric.item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
@@ -173,8 +208,10 @@ def test_di_loss_has_the_gradient_y():
 
 
 def test_frozen_weights_stay_frozen_and_pass_gradients_on():
-    net, frozen = [torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
-                   for _ in range(2)]
+    net, frozen = [
+        torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+        for _ in range(2)
+    ]
     train_only(net, frozen=frozen)
     assert net.training and not frozen.training
     x_0 = net(torch.randn(16, 2))
@@ -197,9 +234,11 @@ def test_sampler_on_a_gaussian():
     exact = 80 * z * s / math.sqrt(s**2 + 80**2)  # the flow scales x by sqrt(s^2 + t^2)
     torch.testing.assert_close(edm_sampler(denoise, z), exact, rtol=0.06, atol=0)  # 18 steps leave 5.5 %
     assert len(calls) == 35
-    errors = [(edm_sampler(lambda x, t: x * s**2 / (s**2 + t**2), z.double(), num_steps=n) - exact).abs().max()
-              for n in (64, 128)]
-    assert errors[0] < 2e-3 and 3.5 < errors[0] / errors[1] < 4.5  # Heun: second order
+    errors = [
+        (edm_sampler(lambda x, t: x * s**2 / (s**2 + t**2), z.double(), num_steps=n) - exact).abs().max()
+        for n in (64, 128)
+    ]
+    assert errors[0] < 0.01 and 3.5 < errors[0] / errors[1] < 4.5  # Heun: second order
 
 
 def test_sampler_against_scipy():
@@ -212,7 +251,7 @@ def test_sampler_against_scipy():
 
 def test_ema():
     assert ema_beta(10**9, 5e5) == pytest.approx(0.5)  # a half-life of images halves
-    assert ema_beta(10**9, 256) == pytest.approx(0.5**(256 / 5e5))
+    assert ema_beta(10**9, 256) == pytest.approx(0.5 ** (256 / 5e5))
     assert ema_beta(2000, 100) == pytest.approx(0.5)  # ramp-up: 5 % of the images so far
     assert ema_beta(0, 256) == 0
     ema, net = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)

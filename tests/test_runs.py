@@ -1,4 +1,5 @@
 """The second half of common.py: files that survive a crash, logs, pictures."""
+
 import json
 import subprocess
 import sys
@@ -35,12 +36,20 @@ def test_a_crash_during_a_save_leaves_the_old_file(tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(tmp_path):
-    code = ("import resource, signal, torch; from common import *\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-            "one_line_errors(lambda argv: save({'w': torch.zeros(100_000)}, 'ckpt.pt'))()")
+    code = (
+        "import resource, signal, torch; from common import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "one_line_errors(lambda argv: save({'w': torch.zeros(100_000)}, 'ckpt.pt'))()"
+    )
     (tmp_path / "ckpt.pt").write_text("old")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ckpt.pt" in done.stderr
     assert (tmp_path / "ckpt.pt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -70,6 +79,7 @@ def test_loading_executes_nothing(tmp_path):
     class Evil:
         def __reduce__(self):
             return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
     torch.save({"rng": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UserError):
         load(tmp_path / "evil.pt", ("rng",))
@@ -106,6 +116,8 @@ def test_pictures(tmp_path):
     assert grid.shape == (8, 10, 3)
     assert (grid[:4, :5] == 100).all() and (grid[:4, 5:] == 101).all() and (grid[4:, :5] == 102).all()
     assert (grid[4:, 5:] == 0).all()
-    save_picture(image_grid(images[:1]), tmp_path / "a.gif", [image_grid(images[1:2]), image_grid(images[2:])])
+    save_picture(
+        image_grid(images[:1]), tmp_path / "a.gif", [image_grid(images[1:2]), image_grid(images[2:])]
+    )
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3 and gif.info["loop"] == 0

@@ -1,4 +1,5 @@
 """01_toy_2d.py: the theorem, the exact denoiser, and runs as a user types them."""
+
 import importlib
 import json
 import math
@@ -22,14 +23,28 @@ SHORT = ["--part", "distil", "--steps", "60", "--batch", "64", "--pretrain-steps
 
 
 def script(*arguments, cwd=ROOT, **options):
-    return subprocess.run([sys.executable, ROOT / "01_toy_2d.py", *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, ROOT / "01_toy_2d.py", *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        **options,
+    )
 
 
 # ---- the theorem ----
-@pytest.mark.parametrize("name, params, limit", [
-    ("l2", {}, 1e-12), ("power", {"alpha": 4}, 1e-11), ("exp", {"alpha": 2, "beta": 0.1}, 1e-11),
-    ("smoothl1", {"scale": 0.5}, 1e-11), ("phuber", {"c": 0.5}, 1e-11), ("huber", {"delta": 0.7}, 1e-3)])
+@pytest.mark.parametrize(
+    "name, params, limit",
+    [
+        ("l2", {}, 1e-12),
+        ("power", {"alpha": 4}, 1e-11),
+        ("exp", {"alpha": 2, "beta": 0.1}, 1e-11),
+        ("smoothl1", {"scale": 0.5}, 1e-11),
+        ("phuber", {"c": 0.5}, 1e-11),
+        ("huber", {"delta": 0.7}, 1e-3),
+    ],
+)
 @pytest.mark.parametrize("process, space, t", [("VE", "denoiser", 1.0), ("VP", "score", 2.5)])
 def test_theorem(name, params, limit, process, space, t):
     assert toy.theorem_error(t, process, space, DISTANCES[name](**params), 2, nodes=261) < limit
@@ -57,9 +72,10 @@ def test_negative_controls(variant, t):
 def test_exact_score_is_the_gradient_of_the_log_density(a, s, std):
     means = toy.make_mixture("spiral").means.double()
     x = torch.randn(50, 2, dtype=torch.float64).requires_grad_()
-    each = torch.distributions.Normal(a * means, math.sqrt((a * std)**2 + s**2))
-    density = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(len(means))),
-                                                    torch.distributions.Independent(each, 1))
+    each = torch.distributions.Normal(a * means, math.sqrt((a * std) ** 2 + s**2))
+    density = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(len(means))), torch.distributions.Independent(each, 1)
+    )
     (score,) = torch.autograd.grad(density.log_prob(x).sum(), x)
     mixture = toy.Mixture(means, std)
     torch.testing.assert_close(mixture.score(x, s, a), score)
@@ -71,8 +87,9 @@ def test_exact_denoiser_is_the_posterior_mean():
     mixture = toy.make_mixture("ring")
     x_0 = mixture.sample(1_000_000)
     x_t = x_0 + 0.3 * torch.randn_like(x_0)
-    near = (x_t - torch.tensor([0.7, 0.2])).norm(dim=1) < 0.03
-    torch.testing.assert_close(mixture.denoiser(x_t[near], 0.3).mean(0), x_0[near].mean(0), atol=0.01, rtol=0)
+    near = (x_t - torch.tensor([0.7, 0.2])).norm(dim=1) < 0.05
+    error = (mixture.denoiser(x_t[near], 0.3) - x_0[near]).mean(0)
+    assert (error.abs() < 4 * x_0[near].std(0) / near.sum().sqrt()).all() and near.sum() > 1000
 
 
 def test_measures():
@@ -81,7 +98,9 @@ def test_measures():
     on_modes, shares = toy.mode_shares(x, mixture)
     assert on_modes == pytest.approx(1 - math.exp(-8), abs=1e-3) and max(abs(np.array(shares) - 0.125)) < 0.01
     shift = torch.tensor([0.3, 0.4])  # the mean over directions of (shift . direction)^2 is |shift|^2 / 2
-    assert toy.sliced_w2(toy.projections(x), toy.projections(x + shift)) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert toy.sliced_w2(toy.projections(x), toy.projections(x + shift)) == pytest.approx(
+        0.5 / math.sqrt(2), rel=1e-4
+    )
 
 
 # ---- runs ----
@@ -96,10 +115,21 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
     folder, output = finished
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.keys() >= {"method", "distance", "mixture", "seed", "steps", "seconds", "share_on_modes", "mode_shares",
-                              "sw2", "sw2_exact", "sw2_teacher"}
+    assert metrics.keys() >= {
+        "method",
+        "distance",
+        "mixture",
+        "seed",
+        "steps",
+        "seconds",
+        "share_on_modes",
+        "mode_shares",
+        "sw2",
+        "sw2_exact",
+        "sw2_teacher",
+    }
     assert len(metrics["mode_shares"]) == 8 and sum(metrics["mode_shares"]) == pytest.approx(1)
-    assert metrics["teacher_share_on_modes"] > 0.99 and metrics["sw2_exact"] < 0.05 and metrics["steps"] == 60
+    assert metrics["share_on_modes_teacher"] > 0.99 and metrics["sw2_exact"] < 0.05 and metrics["steps"] == 60
     for name in ("samples.png", "divergence.png", "animation.gif"):
         with Image.open(folder / name) as image:
             image.verify()
@@ -109,7 +139,13 @@ def test_a_run_leaves_what_it_promises(finished):
     assert saved.keys() == {"net_args", "state_dict", "t_star", "meta"} and saved["t_star"] == 2.5
     assert json.loads((folder / "args.json").read_text())["steps"] == 60
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 60 and lines[-1].keys() >= {"loss_psi", "loss_theta", "divergence", "y_norm", "sw2"}
+    assert lines[-1]["step"] == 60 and lines[-1].keys() >= {
+        "loss_psi",
+        "loss_theta",
+        "divergence",
+        "y_norm",
+        "sw2",
+    }
     assert f"python 01_toy_2d.py --sample {folder}" in output
     assert not list(folder.rglob(".tmp*"))
 
@@ -128,8 +164,13 @@ def same_run(a, b):
     for state in (a_state, b_state):
         del state["log"]["seconds"]
     torch.testing.assert_close(a_state, b_state, rtol=0, atol=0)
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
-             for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b)]
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (folder / "log.jsonl").read_text().splitlines()
+        ]
+        for folder in (a, b)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -140,7 +181,7 @@ def test_resume_after_kill_9(finished, tmp_path):
     for lines in (20, 40):  # of 61
         process = subprocess.Popen([*command, tmp_path / "killed"], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if line.startswith("step") and int(line.split()[1].split("/")[0]) > 400 * (lines / 60)**2:
+            if line.startswith("step") and int(line.split()[1].split("/")[0]) > 400 * (lines / 60) ** 2:
                 os.kill(process.pid, signal.SIGKILL)
                 break
         process.wait()
@@ -155,30 +196,63 @@ def test_other_arguments_in_a_run_folder(finished, tmp_path):
     subprocess.run(["cp", "-r", finished[0], folder], check=True)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     refused = script(*SHORT, "--lr", "0.001", "--out", folder)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "lr is 0.002 there" in refused.stderr
+    assert (
+        refused.returncode == 2 and refused.stderr.count("\n") == 1 and "lr is 0.002 there" in refused.stderr
+    )
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     again = script(*SHORT, "--lr", "0.001", "--out", folder, "--fresh")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run.old-1" / "ckpt.pt").read_bytes() == before[folder / "ckpt.pt"]
 
 
-@pytest.mark.parametrize("options", [
-    ["--method", "sid", "--sid-alpha", "1.2", "--mixture", "grid"], ["--method", "di", "--mixture", "moons"],
-    ["--distance", "exp", "--alpha", "4", "--beta", "0.5", "--mixture", "spiral", "--teacher", "learned"],
-    ["--distance", "huber", "--delta", "0.3", "--psi-updates", "2"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "sid", "--sid-alpha", "1.2", "--mixture", "grid"],
+        ["--method", "di", "--mixture", "moons"],
+        ["--distance", "exp", "--alpha", "4", "--beta", "0.5", "--mixture", "spiral", "--teacher", "learned"],
+        ["--distance", "huber", "--delta", "0.3", "--psi-updates", "2"],
+    ],
+)
 def test_methods_mixtures_and_teachers(options, tmp_path, capsys):
     toy.main([*SHORT, *options, "--steps", "3", "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 3
 
 
 # ---- user mistakes: one line, exit status 2, nothing written ----
-@pytest.mark.parametrize("options", [
-    ["--distance", "l3"], ["--c", "0"], ["--c", "-1"], ["--c", "nan"], ["--c", "inf"], ["--c", "x"],
-    ["--distance", "power", "--alpha", "3"], ["--distance", "l2", "--c", "0.1"], ["--distance", "exp", "--beta", "0"],
-    ["--steps", "-5"], ["--steps", "0"], ["--steps", "1.5"], ["--batch", "0"], ["--lr", "-1"], ["--lr", "nan"],
-    ["--seed", "-1"], ["--device", "tpu"], ["--device", "cuda:99"], ["--mixture", "cube"], ["--no-such-flag"],
-    ["--step", "5"], ["--out", "/proc/nowhere/run"], ["--out", "README.md"], ["--out", "tests"],
-    ["--sample", "no-such-file.pt"], ["--sample", "README.md"], ["--sample", "tests"], ["--n", "0"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--distance", "l3"],
+        ["--c", "0"],
+        ["--c", "-1"],
+        ["--c", "nan"],
+        ["--c", "inf"],
+        ["--c", "x"],
+        ["--distance", "power", "--alpha", "3"],
+        ["--distance", "l2", "--c", "0.1"],
+        ["--distance", "exp", "--beta", "0"],
+        ["--steps", "-5"],
+        ["--steps", "0"],
+        ["--steps", "1.5"],
+        ["--batch", "0"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--seed", "-1"],
+        ["--device", "tpu"],
+        ["--device", "cuda:99"],
+        ["--mixture", "cube"],
+        ["--no-such-flag"],
+        ["--step", "5"],
+        ["--out", "/proc/nowhere/run"],
+        ["--out", "README.md"],
+        ["--out", "tests"],
+        ["--sample", "no-such-file.pt"],
+        ["--sample", "README.md"],
+        ["--sample", "tests"],
+        ["--n", "0"],
+    ],
+)
 def test_mistakes(options, tmp_path, monkeypatch, capsys):
     before = sorted(ROOT.rglob("*"))
     where = [] if "--out" in options else ["--out", str(tmp_path / "run")]
@@ -225,8 +299,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "01_toy_2d.py", *SHORT, "--steps", "100000", "--out", tmp_path],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "01_toy_2d.py", *SHORT, "--steps", "100000", "--out", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (tmp_path / "ckpt.pt").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)

@@ -189,8 +189,8 @@ def prepare(args, folder, mixture):
     d_psi, g, g_ema, d_q = [copy.deepcopy(net) for _ in range(4)]
     opt_psi, opt_theta = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.999), fused=True)  # Table 5
                           for net in (d_psi, g)]
-    parts = {"d_psi": d_psi, "g": g, "g_ema": g_ema, "d_q": d_q.requires_grad_(False), "opt_psi": opt_psi,
-             "opt_theta": opt_theta, "log": Log(folder / "log.jsonl", args.steps)}
+    parts = {"d_psi": d_psi, "g": g, "g_ema": g_ema.eval(), "d_q": d_q.eval().requires_grad_(False),
+             "opt_psi": opt_psi, "opt_theta": opt_theta, "log": Log(folder / "log.jsonl", args.steps)}
     if checkpoint.exists():
         load_state(checkpoint, **parts)
     else:
@@ -258,9 +258,9 @@ def report(args, folder, mixture, parts):
         picture = image_grid(panel(mixture, x, f"step {log.step}")[None])
         save_picture(picture, folder / "samples" / f"{log.step:06}.png")
     if log.step % args.save_every == 0 or log.step == args.steps:
-        save_state(folder / "ckpt.pt", **parts)
         save({"net_args": NET_ARGS, "state_dict": g.state_dict(), "t_star": args.t_star,
               "meta": {"mixture": args.mixture, "step": log.step}}, folder / "g_ema.pt")
+        save_state(folder / "ckpt.pt", **parts)  # last: what it says is done, is done
 
 
 # ---- Measures and pictures ----
@@ -372,11 +372,12 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(min(2, torch.get_num_threads()))  # more only slow networks this small down
-    if args.sample:
+    if args.sample is not None:
         return sample(args)
     device, _ = pick_device(args.device), make_distance(args)  # mistakes stop here
     args.out = args.out or f"runs/toy_2d-{args.method}-{args.distance}-{args.seed}"
-    folder = open_run(args, ignore=("out", "fresh", "device", "save_every", "part", "sample", "n"))
+    ignore = ("out", "fresh", "device", "save_every", "part", "thorough", "sample", "n")
+    folder = open_run(args, ignore)
     if args.part != "distil" and not (folder / "theorem.json").exists():
         save(theorem(args.thorough), folder / "theorem.json")
     if args.part != "theorem":

@@ -29,14 +29,16 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_are_accepted(command):
-    args = importlib.import_module(command[1].removesuffix(".py")).parse([a for a in command[2:] if a != "--help"])
+    script = importlib.import_module(command[1].removesuffix(".py"))
+    args = script.parse([word for word in command[2:] if word != "--help"])
     common.make_distance(args)
 
 
 def test_docstring_commands_are_accepted():
     for script in STAGES:
         for line in re.findall(rf"python {script.name}.*", script.read_text().split('"""')[1]):
-            importlib.import_module(script.stem).parse(shlex.split(re.split(r"\s{3,}", line)[0])[2:])
+            words = shlex.split(re.split(r"\s{3,}", line)[0])
+            importlib.import_module(script.stem).parse(words[2:])
 
 
 def test_help_names_every_option(capsys):
@@ -57,10 +59,8 @@ def test_equations_stand_where_the_table_says():
 
 
 def test_algorithm_2_reads_the_same_in_every_stage():
-    blocks = {
-        textwrap.dedent(re.search(r"( *# -+ Algorithm 2: begin -+\n.*?# -+ Algorithm 2: end -+)", text, re.S)[1])
-        for text in (script.read_text() for script in STAGES)
-    }
+    block = re.compile(r"( *# -+ Algorithm 2: begin -+\n.*?# -+ Algorithm 2: end -+)", re.S)
+    blocks = {textwrap.dedent(block.search(script.read_text())[1]) for script in STAGES}
     assert len(blocks) == 1
 
 

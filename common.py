@@ -411,11 +411,11 @@ def load_state(path, **parts):
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        torch.set_rng_state(state["rng"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not of this run ({first_line(error)}): start anew with --fresh") from None
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
 
 
 def load_generator(path, build):

@@ -23,11 +23,12 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import (DISTANCES, MLP, Distance, EDMPrecond, Log, Parser, add_method_arguments,
-                    add_run_arguments, atomic, batch_sum, diffuse, dsm_loss, edm_sampler, ema_beta,
-                    ema_update, image_grid, lambda_edm, load_generator, load_state, make_distance,
-                    make_generator_loss, number, one_line_errors, open_run, p_edm, pick_device, plot_log,
-                    save, save_picture, save_state, sim_loss, train_only)
+from common import (DISTANCES, MLP, Distance, EDMPrecond, Log, Parser, Stop, accumulate, add_method_arguments,
+                    add_run_arguments, annealed, atomic, batch_sum, blame, diffuse, dsm_loss, edm_sampler,
+                    ema_beta, ema_update, image_grid, lambda_edm, load_generator, load_state, make_distance,
+                    make_generator_loss, number, one_line_errors, open_run, p_edm, pick_device,
+                    plot_log, save, save_generator, save_if_due, save_picture, seed_step, sim_loss,
+                    train_only)
 
 
 # ---- Gaussian mixtures: the teacher, and with std = 0 the student of the theorem ----
@@ -85,16 +86,17 @@ def sim_loss_score(s_psi, s_q, x_0, a, s, distance, eps):
     return -batch_sum(distance.d_prime(y_t) * (s_p + eps / s)), y_t.detach()  # grad log q = -eps / s
 
 
-def backpropagate_d(d_psi, d_q, x_0, t, distance, eps=None):
+def backpropagate_d(d_psi, d_q, x_0, t, distance, eps):
+    """What (3.3) seems to ask for: its value, differentiated. -> (loss (B,), y_t detached)"""
     x_t = diffuse(x_0, t, eps)
     y_t = d_psi(x_t, t) - d_q(x_t, t)
     return distance.d(y_t), y_t.detach()
 
 
 WRONG = {  # sim_loss with one thing wrong: what the theorem's "nothing detached" is worth
-    "d' detached": lambda d_psi, d_q, x_0, t, distance, eps=None: sim_loss(
+    "d' detached": lambda d_psi, d_q, x_0, t, distance, eps: sim_loss(
         d_psi, d_q, x_0, t, Distance(distance.d, lambda y: distance.d_prime(y.detach())), eps),
-    "d_q detached": lambda d_psi, d_q, x_0, t, distance, eps=None: sim_loss(
+    "d_q detached": lambda d_psi, d_q, x_0, t, distance, eps: sim_loss(
         d_psi, lambda x_t, t: d_q(x_t, t).detach(), x_0, t, distance, eps),
     "d(y) back-propagated": backpropagate_d}
 
@@ -187,29 +189,32 @@ def prepare(args, folder, mixture):
     checkpoint, device = folder / "ckpt.pt", mixture.means.device
     net = make_denoiser(**NET_ARGS).to(device) if checkpoint.exists() else pretrain(mixture, args)
     d_psi, g, g_ema, d_q = [copy.deepcopy(net) for _ in range(4)]
+    for frozen in (g_ema, d_q):
+        frozen.eval().requires_grad_(False)
     opt_psi, opt_theta = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.999), fused=True)  # Table 5
                           for net in (d_psi, g)]
-    parts = {"d_psi": d_psi, "g": g, "g_ema": g_ema.eval(), "d_q": d_q.eval().requires_grad_(False),
-             "opt_psi": opt_psi, "opt_theta": opt_theta, "log": Log(folder / "log.jsonl", args.steps)}
+    parts = {"d_psi": d_psi, "g": g, "g_ema": g_ema, "opt_psi": opt_psi, "opt_theta": opt_theta,
+             "log": Log(folder / "log.jsonl", args.steps), "d_q": d_q}
     if checkpoint.exists():
         load_state(checkpoint, **parts)
     else:
         (folder / "log.jsonl").unlink(missing_ok=True)
-        report(args, folder, mixture, parts)
     return parts
 
 
-def train(args, folder, mixture, d_q, parts):
-    """Algorithm 2, up to args.steps updates of g."""
-    d_psi, g, g_ema, _, opt_psi, opt_theta, log = parts.values()
+def train(args, d_q, parts, report):
+    """Algorithm 2, up to args.steps updates of g; report() is called after each."""
+    d_psi, g, g_ema, opt_psi, opt_theta, log, _ = parts.values()
+    device = next(g.parameters()).device
     distance = make_distance(args)
     generator_loss = make_generator_loss(args, distance)
-    p_psi, weight_psi, p_theta = p_edm, lambda_edm, partial(p_edm, mean=args.p_mean, std=args.p_std)
-    normal = partial(torch.randn, args.batch, 2, device=mixture.means.device)
-    accumulate = 1  # micro-batches in an update
+    weight_psi, rows = lambda_edm, args.batch  # samples in an update
+    times = {"psi": p_edm, "theta": partial(p_edm, mean=args.p_mean, std=args.p_std)}
 
-    def draw(p):  # -> (z, t, eps, cond) for each micro-batch; points come without a condition
-        yield args.t_star * normal(), p((args.batch, 1), device=mixture.means.device), normal(), None
+    def draw(phase):  # -> [(z, t, eps, cond)], the micro-batches; points come without a condition
+        where = {"device": device, "generator": random}
+        z, eps = args.t_star * torch.randn(args.batch, 2, **where), torch.randn(args.batch, 2, **where)
+        return [(z, times[phase]((args.batch, 1), **where), eps, None)]
 
     def generate(g, z, cond):
         return g(z, args.t_star)  # (B.4)
@@ -219,48 +224,43 @@ def train(args, folder, mixture, d_q, parts):
 
     while log.step < args.steps:
         for optimiser in (opt_psi, opt_theta):
-            optimiser.param_groups[0]["lr"] = args.lr * (1 - log.step / args.steps)
+            optimiser.param_groups[0]["lr"] = annealed(args, log.step)
+        random = seed_step(args.seed, log.step, device)
         # ---- Algorithm 2: begin ----
+        train_only(d_psi, frozen=g)
         for _ in range(args.psi_updates):
-            train_only(d_psi, frozen=g)
             opt_psi.zero_grad()
-            for z, t, eps, cond in draw(p_psi):
+            for z, t, eps, cond in accumulate(d_psi, draw("psi")):
                 with torch.no_grad():
                     x_0 = generate(g, z, cond)
                 loss_psi = dsm_loss(given(d_psi, cond), x_0, t, eps, weight_psi)  # (B.2)
                 log.add(loss_psi=loss_psi)
-                (loss_psi.mean() / accumulate).backward()  # here DistributedDataParallel averages over ranks
+                (loss_psi.sum() / rows).backward()
             opt_psi.step()
 
         train_only(g, frozen=d_psi)
         opt_theta.zero_grad()
-        for z, t, eps, cond in draw(p_theta):
+        for z, t, eps, cond in accumulate(g, draw("theta")):
             x_0 = generate(g, z, cond)
             loss_theta, y_t = generator_loss(given(d_psi, cond), given(d_q, cond), x_0, t, eps=eps)  # (B.13)
             log.add(loss_theta=loss_theta, divergence=distance.d(y_t), y_norm=batch_sum(y_t**2).sqrt())
-            (loss_theta.mean() / accumulate).backward()
+            (loss_theta.sum() / rows).backward()
         opt_theta.step()
         ema_update(g_ema, g, ema_beta(log.step * args.batch, args.batch, args.ema_half_life))
         # ---- Algorithm 2: end ----
         log.advance()
-        report(args, folder, mixture, parts)
+        report()
 
 
 @torch.no_grad()
-def report(args, folder, mixture, parts):
-    """What is due after a step: a log line and a picture, both often at first; a checkpoint."""
-    g, log = parts["g_ema"], parts["log"]
-    if log.step in {round(args.steps * (i / 60)**2) for i in range(61)}:
-        random = torch.Generator(mixture.means.device).manual_seed(0)  # the same latents and data each time
-        z = torch.randn(10_000, 2, device=mixture.means.device, generator=random)
-        x, data = g(args.t_star * z, args.t_star), mixture.sample(10_000, random)
-        log.write(sw2=sliced_w2(projections(x, 20), projections(data, 20)))
-        picture = image_grid(panel(mixture, x, f"step {log.step}")[None])
-        save_picture(picture, folder / "samples" / f"{log.step:06}.png")
-    if log.step % args.save_every == 0 or log.step == args.steps:
-        save({"net_args": NET_ARGS, "state_dict": g.state_dict(), "t_star": args.t_star,
-              "meta": {"mixture": args.mixture, "step": log.step}}, folder / "g_ema.pt")
-        save_state(folder / "ckpt.pt", **parts)  # last: what it says is done, is done
+def look(args, folder, mixture, g, log):
+    """A log line and a picture of the generator so far."""
+    random = torch.Generator(mixture.means.device).manual_seed(0)  # the same latents and data each time
+    z = torch.randn(10_000, 2, device=mixture.means.device, generator=random)
+    x, data = g(args.t_star * z, args.t_star), mixture.sample(10_000, random)
+    log.write(sw2=sliced_w2(projections(x, 20), projections(data, 20)))
+    picture = image_grid(panel(mixture, x, f"step {log.step}")[None])
+    save_picture(picture, folder / "samples" / f"{log.step:06}.png")
 
 
 # ---- Measures and pictures ----
@@ -320,10 +320,22 @@ def panel(mixture, x, title):
 def distil(args, folder, mixture):
     """B as a whole: train, measure, draw."""
     (folder / "samples").mkdir(exist_ok=True)
-    parts = prepare(args, folder, mixture)
-    d_q, log = mixture.denoiser if args.teacher == "exact" else parts["d_q"], parts["log"]
-    train(args, folder, mixture, d_q, parts)
-    m, samples = evaluate(args, mixture, parts["g_ema"], d_q, log.elapsed())
+    parts, stop = prepare(args, folder, mixture), Stop()
+    g, log, d_q = parts["g_ema"], parts["log"], mixture.denoiser if args.teacher == "exact" else parts["d_q"]
+
+    def keep(name):
+        save_generator(folder / name, g, NET_ARGS, args.t_star, mixture=args.mixture, step=log.step)
+
+    def report():
+        if log.step in {round(args.steps * (i / 60)**2) for i in range(61)}:  # often at first
+            look(args, folder, mixture, g, log)
+        save_if_due(args, folder, parts, stop, keep)
+
+    if log.step == 0:
+        report()
+    train(args, d_q, parts, report)
+    keep("g_ema.pt")  # again, should it have been lost
+    m, samples = evaluate(args, mixture, g, d_q, log.elapsed())
     save(m, folder / "metrics.json")
     titles = {"_exact": "data", "_teacher": "teacher, 35 evaluations", "": "one step"}
     panels = torch.stack([panel(mixture, x, title) for x, title in zip(samples, titles.values())])
@@ -343,7 +355,8 @@ def distil(args, folder, mixture):
 def sample(args):
     """--sample: n points of a trained generator as array and picture, beside the checkpoint or in --out."""
     g, t_star, meta = load_generator(args.sample, make_denoiser)
-    mixture, path = make_mixture(meta["mixture"]), Path(args.sample)
+    with blame(f"{args.sample} is no generator of this stage ({{}})"):
+        mixture, path = make_mixture(meta["mixture"]), Path(args.sample)
     x = g(t_star * torch.randn(args.n, 2, generator=torch.Generator().manual_seed(args.seed)), t_star)
     folder = Path(args.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,8 +376,9 @@ def parse(argv):
     parser.add_argument("--teacher", choices=("exact", "learned"), default="exact", help="or an MLP")
     parser.add_argument("--pretrain-steps", type=number(int), default=3000, help="of the first denoiser")
     add_method_arguments(parser)
-    add_run_arguments(parser, steps=4000, batch=1024, lr=2e-3, p_mean=-1.5, p_std=1.5, ema_half_life=7e4,
-                      save_every=500, n=10_000)  # measured on the ring
+    add_run_arguments(parser, method="sim", sid_alpha=1.0, steps=4000, batch=1024, lr=2e-3, anneal="linear",
+                      t_star=2.5, p_mean=-1.5, p_std=1.5, psi_updates=1, ema_half_life=7e4, save_every=500,
+                      n=10_000)  # measured on the ring
     return parser.parse_args(argv)
 
 

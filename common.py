@@ -6,24 +6,31 @@ Shapes: data x is (B, ...) of any rank; a time t is (B, 1, ..., 1), to broadcast
 A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, its conditions (class, prompt) closed over.
 """
 import argparse
+import fcntl
 import functools
 import inspect
 import json
 import math
 import os
 import pickle
+import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -84,7 +91,7 @@ def smoothl1(scale=0.5):
 def huber(delta=1.0):
     """sum_i y_i^2 / 2 where |y_i| <= delta, else delta (|y_i| - delta / 2). ValueError unless delta > 0."""
     require(0 < delta < math.inf, f"delta must be a positive number, got {delta}")
-    return Distance(lambda y: batch_sum(nn.functional.huber_loss(y, torch.zeros_like(y), "none", delta)),
+    return Distance(lambda y: batch_sum(F.huber_loss(y, torch.zeros_like(y), "none", delta)),
                     lambda y: y.clamp(-delta, delta))
 
 
@@ -194,18 +201,18 @@ def edm_sampler(denoise, z, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7):
 
 # ---- Networks ----
 class EDMPrecond(nn.Module):
-    """EDM's preconditioning (Karras et al. 2022, Table 1) of model(x (B, ...), c_noise (B,) or (1,)).
+    """EDM's preconditioning (Karras et al. 2022, Table 1) of model(x (B, ...), c_noise (B,) or (1,), **cond).
 
     net(x, t), t a number, (B,) or (B, 1, ..., 1) -> denoised x. net(z, t_star) is the generator, (B.4)."""
     def __init__(self, model, sigma_data=0.5):
         super().__init__()
         self.model, self.sigma_data = model, sigma_data
 
-    def forward(self, x, t):
+    def forward(self, x, t, *cond, **named_cond):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
         var = t**2 + self.sigma_data**2
         c_skip, c_out, c_in = self.sigma_data**2 / var, t * self.sigma_data / var.sqrt(), 1 / var.sqrt()
-        return c_skip * x + c_out * self.model(c_in * x, t.flatten().log() / 4)
+        return c_skip * x + c_out * self.model(c_in * x, t.flatten().log() / 4, *cond, **named_cond)
 
 
 class MLP(nn.Module):
@@ -224,12 +231,231 @@ class MLP(nn.Module):
         return self.layers(torch.cat([x, angles.cos(), angles.sin()], dim=1))
 
 
+class Waves(nn.Module):
+    """c_noise (B,) -> (B, channels): sines, then cosines. Fixed frequencies (DDPM's positional embedding), or
+    random ones in a buffer (NCSN++'s Fourier features, of scale 16)."""
+    def __init__(self, channels, fourier):
+        super().__init__()
+        self.half = channels // 2
+        self.register_buffer("freqs", 16 * torch.randn(self.half) if fourier else None)
+
+    def forward(self, c_noise):
+        steps = torch.arange(self.half, dtype=c_noise.dtype, device=c_noise.device) / (self.half - 1)
+        freqs = 1e-4**steps if self.freqs is None else 2 * math.pi * self.freqs
+        angles = torch.outer(c_noise, freqs)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Conv(nn.Conv2d):
+    """A convolution, x (B, C, H, W), after which or before which the resolution is halved ("down") or doubled
+    ("up") with the separable filter `taps`."""
+    def __init__(self, c_in, c_out, kernel, gain=1.0, resample=None, taps=(1, 1), convolve_first=False):
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+        nn.init.xavier_uniform_(self.weight, gain)
+        nn.init.zeros_(self.bias)
+        self.resample, self.convolve_first = resample, convolve_first
+        if resample:
+            taps = torch.tensor(taps, dtype=torch.float32)
+            self.register_buffer("resample_filter", (torch.outer(taps, taps) / taps.sum()**2)[None, None])
+
+    def change_resolution(self, x):
+        k, c = self.resample_filter.shape[-1], x.shape[1]
+        if k == 2:  # a box: the same, several times faster
+            return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
+        kernel, where = self.resample_filter.expand(c, 1, k, k), {"stride": 2, "padding": k // 2 - 1, "groups": c}
+        return F.conv2d(x, kernel, **where) if self.resample == "down" else F.conv_transpose2d(x, 4 * kernel, **where)
+
+    def forward(self, x):
+        if not self.resample:
+            return super().forward(x)
+        if self.convolve_first:
+            return self.change_resolution(super().forward(x))
+        return super().forward(self.change_resolution(x))
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class Block(nn.Module):
+    """A residual block and, where asked, one head of self-attention: x (B, c_in, H, W), emb (B, c_emb)."""
+    def __init__(self, c_in, c_out, c_emb, dropout, attention=False, resample=None, taps=(1, 1)):
+        super().__init__()
+        self.dropout, self.attention = dropout, attention
+        self.norm0, self.conv0 = group_norm(c_in), Conv(c_in, c_out, 3, 1, resample, taps)
+        self.affine = nn.Linear(c_emb, c_out)
+        self.norm1, self.conv1 = group_norm(c_out), Conv(c_out, c_out, 3, 1e-5)  # small: at first, nearly identity
+        self.skip = Conv(c_in, c_out, 1, 1, resample, taps) if resample or c_in != c_out else nn.Identity()
+        if attention:
+            self.norm2 = group_norm(c_out)
+            self.qkv, self.proj = Conv(c_out, 3 * c_out, 1, 0.2**0.5), Conv(c_out, c_out, 1, 1e-5)
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x)))
+        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (self.skip(x) + h) * 0.5**0.5  # keeps the variance, as does the next line
+        return (x + self.attend(x)) * 0.5**0.5 if self.attention else x
+
+    def attend(self, x):
+        q, k, v = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
+        a = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(c)
+        return self.proj(rearrange(a, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class SongUNet(nn.Module):
+    """The U-Net of Song et al. (2021): DDPM++ as EDM has it by default, NCSN++ with embedding_type "fourier",
+    encoder_type "residual", resample_filter (1, 3, 3, 1), channel_mult_noise 2. EDM's names for everything.
+
+    x (B, C, H, W), c_noise (B,) or (1,), labels (B, label_dim) one-hot, (B, augment_dim) or None for none."""
+    def __init__(self, img_resolution, img_channels=3, label_dim=0, augment_dim=0, model_channels=128,
+                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.1,
+                 label_dropout=0.0, embedding_type="positional", channel_mult_noise=1,
+                 encoder_type="standard", resample_filter=(1, 1)):
+        super().__init__()
+        self.label_dropout = label_dropout
+        c, c_noise, c_emb = [model_channels * m for m in (1, channel_mult_noise, channel_mult_emb)]
+        self.map_noise = Waves(c_noise, fourier=embedding_type == "fourier")
+        self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
+        self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
+        self.map_layer0, self.map_layer1 = nn.Linear(c_noise, c_emb), nn.Linear(c_emb, c_emb)
+
+        block = functools.partial(Block, c_emb=c_emb, dropout=dropout, taps=resample_filter)
+        levels = [(img_resolution >> i, model_channels * m) for i, m in enumerate(channel_mult)]
+        layers, skips, c_aux = {f"{img_resolution}x{img_resolution}_conv": Conv(img_channels, c, 3)}, [c], img_channels
+        for size, c_out in levels:
+            if size < img_resolution:
+                layers[f"{size}x{size}_down"] = block(c, c, resample="down")
+                skips.append(c)
+                if encoder_type == "residual":
+                    layers[f"{size}x{size}_aux_residual"] = Conv(c_aux, c, 3, 1, "down", resample_filter, True)
+                    c_aux = c
+            for i in range(num_blocks):
+                layers[f"{size}x{size}_block{i}"] = block(c, c_out, attention=size in attn_resolutions)
+                skips.append(c := c_out)
+        self.enc = nn.ModuleDict(layers)
+
+        layers = {f"{size}x{size}_in{i}": block(c, c, attention=i == 0) for i in range(2)}
+        for size, c_out in reversed(levels):
+            if size < levels[-1][0] or len(layers) > 2:
+                layers[f"{size}x{size}_up"] = block(c, c, resample="up")
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and size in attn_resolutions
+                layers[f"{size}x{size}_block{i}"] = block(c + skips.pop(), c_out, attention=attention)
+                c = c_out
+        layers |= {f"{size}x{size}_aux_norm": group_norm(c), f"{size}x{size}_aux_conv": Conv(c, img_channels, 3, 1e-5)}
+        self.dec = nn.ModuleDict(layers)
+
+    def embed(self, c_noise, class_labels, augment_labels, batch):
+        """-> (B, c_emb). None is zeros and not left out, so that every weight has a gradient under DDP."""
+        emb = self.map_noise(c_noise).expand(batch, -1)
+        zeros = lambda layer: emb.new_zeros(batch, layer.in_features)
+        if self.map_label:
+            labels = zeros(self.map_label) if class_labels is None else class_labels
+            if self.training and self.label_dropout:
+                labels = labels * (torch.rand_like(labels[:, :1]) >= self.label_dropout)
+            emb = emb + self.map_label(labels * labels.shape[1]**0.5)
+        if self.map_augment:
+            emb = emb + self.map_augment(zeros(self.map_augment) if augment_labels is None else augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def encode(self, x, emb):
+        """-> the features that the decoder takes up, (B, C', H', W') each; the last are the deepest."""
+        skips, aux = [], x
+        for name, layer in self.enc.items():
+            if name.endswith("aux_residual"):
+                skips[-1] = aux = (skips[-1] + layer(aux)) * 0.5**0.5
+            else:
+                skips.append(layer(skips[-1], emb) if skips else layer(x))
+        return skips
+
+    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
+        emb = self.embed(c_noise, class_labels, augment_labels, len(x))
+        skips = self.encode(x, emb)
+        x = skips[-1]
+        *blocks, (_, last_norm), (_, last_conv) = self.dec.items()
+        for name, layer in blocks:
+            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+        return last_conv(F.silu(last_norm(x)))
+
+
+def make_unet(**net_args):
+    """The denoiser of stage 2 from SongUNet's arguments, which may come from a file. ValueError for those that no
+    such network has, before anything is built."""
+    defaults = {name: p.default for name, p in inspect.signature(SongUNet).parameters.items()}
+    for name, value in net_args.items():
+        default, values = defaults.get(name), value if isinstance(value, (list, tuple)) else [value]
+        words, most = ("positional", "fourier", "standard", "residual"), 32 if name == "num_blocks" else 2048
+        fits = [n in words if isinstance(default, str) else isinstance(n, (int, float)) and 0 <= n <= most
+                for n in values]
+        require(name in defaults and (values is value) == isinstance(default, tuple) and len(values) <= 8
+                and all(fits), f"the argument {name} = {first_line(value)}")
+    net = EDMPrecond(SongUNet(**net_args))
+    net.net_args, net.label_dim = net_args, net_args.get("label_dim", 0)
+    net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)
+    return net
+
+
+# ---- Drawn shapes: true samples without end ----
+ROUND = [(math.cos(math.pi * i / 20), math.sin(math.pi * i / 20)) for i in range(40)]
+SQUARE = [(0.8, 0.8), (-0.8, 0.8), (-0.8, -0.8), (0.8, -0.8)]
+PLUS = [(0.35, 1), (0.35, 0.35), (1, 0.35), (1, -0.35), (0.35, -0.35), (0.35, -1),
+        (-0.35, -1), (-0.35, -0.35), (-1, -0.35), (-1, 0.35), (-0.35, 0.35), (-0.35, 1)]
+SHAPES = {  # corners in a square of side 2 (y downwards), and the hole's size
+    "circle": (ROUND, 0), "ring": (ROUND, 0.55), "square": (SQUARE, 0), "frame": (SQUARE, 0.55),
+    "triangle": ([(0, -1), (0.95, 0.75), (-0.95, 0.75)], 0),
+    "diamond": ([(0, 1), (0.75, 0), (0, -1), (-0.75, 0)], 0),
+    "plus": (PLUS, 0), "cross": ([(0.7 * (x - y), 0.7 * (x + y)) for x, y in PLUS], 0),
+    "bar": ([(1, 0.35), (-1, 0.35), (-1, -0.35), (1, -0.35)], 0),
+    "pillar": ([(0.35, 1), (-0.35, 1), (-0.35, -1), (0.35, -1)], 0)}
+
+
+def draw_shape(name, x, y, radius, colour, background, size, fine=8):
+    """A shape centred at (x, y) pixels, colours RGB in [0, 1], drawn `fine` times as large and reduced.
+    -> float32 (size, size, 3) in [0, 1]"""
+    corners, hole = SHAPES[name]
+    mask = Image.new("L", (size * fine, size * fine))
+    for r, ink in ((radius, 255), (radius * hole, 0))[:2 if hole else 1]:
+        ImageDraw.Draw(mask).polygon([(fine * (x + r * a), fine * (y + r * b)) for a, b in corners], ink)
+    mask = np.asarray(mask.reduce(fine), dtype=np.float32)[:, :, None] / 255
+    return background + (colour - background) * mask
+
+
+def draw_shapes(n, seed, size=16, labels=None):
+    """n random shapes, of random classes unless labels (n,) says which; seed is an int or a list of ints.
+    -> images (n, 3, size, size) in [-1, 1], labels (n,)"""
+    random = np.random.default_rng(seed)
+    labels = random.integers(len(SHAPES), size=n) if labels is None else np.asarray(labels)
+    images = np.empty((n, size, size, 3), dtype=np.float32)
+    for image, label in zip(images, labels):
+        radius = size * random.uniform(0.24, 0.4)
+        x, y = random.uniform(radius, size - radius, 2)
+        colours = random.uniform(size=(2, 3))
+        while np.linalg.norm(colours[0] - colours[1]) < 0.6:  # else one cannot see it
+            colours = random.uniform(size=(2, 3))
+        image[:] = draw_shape(list(SHAPES)[label], x, y, radius, *colours, size)
+    return rearrange(torch.from_numpy(images), "n h w c -> n c h w") * 2 - 1, torch.from_numpy(labels)
+
+
 # ---- Training ----
+def annealed(args, step):
+    """The learning rate of a step, from --lr and --anneal."""
+    return args.lr * (1 - step / args.steps if args.anneal == "linear" else 1)
+
+
 def train_only(net, frozen):
     """For a phase of Algorithm 2: net learns, in train mode; frozen gets no weight gradients, in eval mode.
     Its output is still differentiated with respect to its input, as (B.13) needs."""
     net.train().requires_grad_(True)
     frozen.eval().requires_grad_(False)
+
+
+def accumulate(net, batches):
+    """Yields the micro-batches of an update; ranks average the gradients of net once, after the last."""
+    for batch in batches[:-1]:
+        with net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext():
+            yield batch
+    yield batches[-1]
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):
@@ -245,14 +471,115 @@ def ema_update(ema, net, beta):
         a.lerp_(b, 1 - beta)
 
 
+def seed_step(seed, step, device="cpu"):
+    """The random numbers of a step depend on (seed, step) alone: a killed run continues bit for bit with nothing
+    to store. -> a Generator for what all ranks draw alike; torch's own, for dropout, is another on each rank."""
+    number = lambda *key: int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    torch.manual_seed(number(seed, step, world()[0] + 1))
+    return torch.Generator(device).manual_seed(number(seed, step, 0))
+
+
+def draw_latents(seeds, shape, classes=0, fixed=None):
+    """One generator per seed, so that an image depends on its seed and on no batch size. -> standard normal
+    z (n, *shape); one-hot labels (n, classes), of random classes, or of those in the list fixed, in turn."""
+    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = torch.stack([torch.randn(shape, generator=random) for random in randoms])
+    if classes and not fixed:
+        fixed = [int(torch.randint(classes, (), generator=random)) for random in randoms]
+    labels = torch.tensor([fixed[i % len(fixed)] for i in range(len(z))] if classes else [])
+    return z, F.one_hot(labels, classes).float() if classes else z.new_zeros(len(z), 0)
+
+
+# ---- Several processes, as torchrun starts them ----
+def world():
+    """-> (rank, number of ranks)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_over_ranks(numbers):
+    """A list of floats -> their means over all ranks."""
+    total = torch.tensor(numbers, device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return (total / world()[1]).tolist()
+
+
+class Replicated(DistributedDataParallel):
+    """DistributedDataParallel that steps aside where its weights are frozen: there is nothing to average."""
+    def forward(self, *args, **kwargs):
+        learns = torch.is_grad_enabled() and next(self.parameters()).requires_grad
+        return super().forward(*args, **kwargs) if learns else self.module(*args, **kwargs)
+
+
+def replicate(net):
+    """net as it is in a process on its own, else with its gradients averaged over the ranks."""
+    return Replicated(net) if dist.is_initialized() else net
+
+
+def my_share(draws, micro_batch):
+    """This rank's rows of the global draws, a tuple of (B, ...), as a list of micro-batches."""
+    rank, ranks = world()
+    return list(zip(*[draw.chunk(ranks)[rank].split(micro_batch) for draw in draws]))
+
+
 def pick_device(name="auto"):
-    """"auto" is cuda, else mps, else cpu. UserError for a device that is not there."""
+    """"auto" is cuda, else mps, else cpu; under torchrun each rank has a GPU of its own, or the CPU, and joins
+    the others. UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    ranked = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        require(name.split(":")[0] in ("cpu", "cuda", "mps"), "expected auto, cpu, cuda or mps")
+        device = torch.empty(0, device=f"cuda:{os.environ['LOCAL_RANK']}" if ranked and name == "cuda" else name).device
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"no device {name!r} here ({first_line(error)}): try --device cpu") from None
+    if ranked and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+# ---- Speed ----
+def matmul_peak(device, dtype, tries=5):
+    """FLOP/s of the best of some square matrix products: what this machine can do at most."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, seconds = torch.randn(size, size, device=device).to(dtype), math.inf
+    for _ in range(tries + 1):
+        begun = now(device)
+        a @ a
+        seconds = min(seconds, now(device) - begun)
+    return 2 * size**3 / seconds
+
+
+def now(device):
+    """Seconds, with nothing under way on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def memory(device):
+    """Peak memory in GiB, of the GPU where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Speed:
+    """read(step) -> images, images/s since the last call, share of the ranks' matrix-multiply peak, memory."""
+    def __init__(self, step, batch, flops, device, dtype):
+        self.step, self.batch, self.flops, self.device = step, batch, flops, device
+        self.peak, self.begun = matmul_peak(device, dtype) * world()[1], now(device)
+
+    def restart(self):
+        self.begun = now(self.device)
+
+    def read(self, step):
+        images, seconds = (step - self.step) * self.batch, now(self.device) - self.begun
+        self.step = step
+        self.restart()
+        return {"images": step * self.batch, "images_s": images / seconds,
+                "peak_share": images * self.flops / seconds / self.peak, "memory_gib": memory(self.device)}
 
 
 # ---- Errors and the command line ----
@@ -264,18 +591,34 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
+@contextmanager
+def blame(message, *kinds):
+    """An error of these kinds in the block is the user's to mend: UserError, its reason put into message's {}."""
+    try:
+        yield
+    except kinds or (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(message.format(first_line(error))) from error
+
+
 def one_line_errors(main):
     """Decorates a script's main(argv=None): a user's mistake is one line on stderr and exit status 2."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(argv)
-        except (UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
+        except (UserError, OSError, MemoryError) as error:
+            message, status = f"error: {first_line(error)}", 2
+        except RuntimeError as error:  # torch's way to say that memory is short
+            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+                raise
+            message, status = f"error: not enough memory ({first_line(error)}): try a smaller --batch, --batch-gpu or --n", 2
+        except KeyboardInterrupt as stop:
+            message, status = f"stopped: {stop or 'the same command goes on from the last checkpoint'}", 130
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        print(message, file=sys.stderr)
+        sys.exit(status)
     return wrapped
 
 
@@ -292,30 +635,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-def number(kind, zero=False):
-    """An argparse type: a finite int or float above zero, or zero too."""
+def number(kind, low=0, strict=True):
+    """An argparse type: a finite int or float above low, or from low on."""
     def parse(text):
         try:
             value = kind(text)
-            require(0 < value < math.inf or (zero and value == 0), "out of range")
+            require(low < value < 2**63 or (not strict and value == low), "out of range")
             return value
         except ValueError:
-            what = f"{kind.__name__} {'>=' if zero else '>'} 0"
-            raise argparse.ArgumentTypeError(f"expected a finite {what}, got {text!r}") from None
+            limit = "" if low == -math.inf else f" {'>' if strict else '>='} {low}"
+            raise argparse.ArgumentTypeError(f"expected a finite {kind.__name__}{limit}, got {text!r}") from None
     return parse
 
 
 def add_method_arguments(parser):
     """--method, --distance and their parameters: the same in every stage."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=("sim", "sid", "di"), default="sim", help="or a neighbour")
+    group.add_argument("--method", choices=("sim", "sid", "di"), help="or a neighbour")
     group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d of (3.3), Table 4")
     for flag, kind, meaning in (
             ("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4) or exp's (2) exponent, even"),
             ("--beta", float, "exp's factor (0.1)"), ("--delta", float, "huber's kink (1)"),
             ("--scale", float, "smoothl1's rounding (0.5)")):
         group.add_argument(flag, type=number(kind), help=meaning)
-    group.add_argument("--sid-alpha", type=float, default=1.0, help="SiD's alpha; its CIFAR-10 runs have 1.2")
+    group.add_argument("--sid-alpha", type=number(float, -math.inf), help="SiD's alpha; its CIFAR-10 runs have 1.2")
 
 
 def add_run_arguments(parser, **defaults):
@@ -323,14 +666,15 @@ def add_run_arguments(parser, **defaults):
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=number(int), help="updates of the generator")
     group.add_argument("--batch", type=number(int), help="samples in an update")
-    group.add_argument("--lr", type=number(float), help="of both Adams")
-    group.add_argument("--t-star", type=number(float), default=2.5, help="t* of (B.4), Table 5")
-    group.add_argument("--p-mean", type=float, help="mean of g's log t; (B.10): -3.5")
+    group.add_argument("--lr", type=number(float), help="of both Adams (Table 5: 1e-5)")
+    group.add_argument("--anneal", choices=("none", "linear"), help="of the lr, to 0 at the last step")
+    group.add_argument("--t-star", type=number(float), help="t* of (B.4) (Table 5: 2.5)")
+    group.add_argument("--p-mean", type=number(float, -math.inf), help="mean of g's log t; (B.10): -3.5")
     group.add_argument("--p-std", type=number(float), help="standard deviation of g's log t; (B.10): 2.5")
-    group.add_argument("--psi-updates", type=number(int), default=1, help="per update of g; Listing 1 has 2")
-    group.add_argument("--ema-half-life", type=number(float), help="of the generator's average, in samples")
+    group.add_argument("--psi-updates", type=number(int), help="per update of g; Listing 1 has 2")
+    group.add_argument("--ema-half-life", type=number(float), help="of g's average, in samples (SiD's code: 5e5)")
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, zero=True), default=0, help="of everything random")
+    group.add_argument("--seed", type=number(int, strict=False), default=0, help="of everything random")
     group.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
     group.add_argument("--out", metavar="DIR", help="the run's folder; named after the run unless given")
     group.add_argument("--fresh", action="store_true", help="start anew: an older run in DIR is moved aside")
@@ -347,10 +691,8 @@ def make_distance(args):
     takes = inspect.signature(DISTANCES[args.distance]).parameters
     if extra := [f"--{name}" for name in given if name not in takes]:
         raise UserError(f"--distance {args.distance} does not take {', '.join(extra)}")
-    try:
+    with blame(f"--distance {args.distance}: {{}}", ValueError):
         return DISTANCES[args.distance](**given)
-    except ValueError as error:
-        raise UserError(f"--distance {args.distance}: {error}") from None
 
 
 def make_generator_loss(args, distance):
@@ -374,48 +716,47 @@ def atomic(path):
 
 def save(value, path):
     """Plain dicts and lists: .json as JSON, else for torch.load(weights_only=True). UserError if it fails."""
-    with atomic(path) as temporary:
+    with atomic(path) as temporary, blame(f"could not write {path} ({{}}): is the disk full?", RuntimeError):
         if temporary.suffix == ".json":
-            return temporary.write_text(json.dumps(value, indent=1) + "\n")
-        try:
+            temporary.write_text(json.dumps(value, indent=1) + "\n")
+        else:
             torch.save(value, temporary)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise UserError(f"could not write {path} ({first_line(error)}): is the disk full?") from None
 
 
 def load(path, keys):
     """The dict that save() wrote, on the CPU. UserError if it is missing, damaged or lacks a key."""
     expected = f"expected a file of this project with {', '.join(keys)}"
-    try:
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: {expected}")
+    damage = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, AttributeError)
+    with blame(f"{path} is cut short, damaged or of another format: {expected}", *damage):
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {expected}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is cut short, damaged or of another format: {expected}") from error
     if not isinstance(value, dict) or any(key not in value for key in keys):
         raise UserError(f"{path} holds something else: {expected}")
     return value
 
 
 def save_state(path, **parts):
-    """Everything to resume from: the state_dict() of each part, and the state of every random generator."""
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state_all()
-    save({"rng": rng, **{name: part.state_dict() for name, part in parts.items()}}, path)
+    """Everything to resume from: the state_dict() of each part. UserError, the old file kept, if a weight is not
+    finite."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and not all(w.isfinite().all() for w in part.parameters()):
+            raise UserError(f"{name} has weights that are not finite; the last good checkpoint stays in {path}")
+    save(state, path)
 
 
 def load_state(path, **parts):
     """Give the same parts back what save_state() stored. UserError if they do not fit."""
-    state = load(path, ("rng", *parts))
-    try:
+    state = load(path, parts)
+    with blame(f"{path} is not of this run ({{}}): start anew with --fresh"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if torch.cuda.is_available() and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not of this run ({first_line(error)}): start anew with --fresh") from None
+
+
+def save_generator(path, net, net_args, t_star, **meta):
+    """What load_generator reads: tensors, numbers and strings."""
+    save({"net_args": net_args, "state_dict": net.state_dict(), "t_star": t_star, "meta": meta}, path)
 
 
 def load_generator(path, build):
@@ -423,48 +764,97 @@ def load_generator(path, build):
     build(**net_args) makes the network. UserError if the file is not one of build's."""
     path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
     saved = load(path, ("net_args", "state_dict", "t_star", "meta"))
-    try:
-        g = build(**saved["net_args"])
-        g.load_state_dict(saved["state_dict"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no generator of this stage ({first_line(error)})") from None
-    return g.eval().requires_grad_(False), saved["t_star"], saved["meta"]
+    with blame(f"{path} is no generator of this stage ({{}})"):
+        return adopt(build, saved["net_args"], saved["state_dict"]), float(saved["t_star"]), dict(saved["meta"])
+
+
+def adopt(build, net_args, state_dict):
+    """build(**net_args) with these arrays as its weights, in float32, frozen, in eval mode. ValueError, with
+    nothing large allocated, unless all names and shapes fit; or if a weight is not finite."""
+    with torch.device("meta"):
+        net = build(**net_args)
+    shapes = lambda arrays: {(name, tuple(array.shape)) for name, array in arrays.items()}
+    differ = sorted(shapes(net.state_dict()) ^ shapes(state_dict))
+    require(not differ, f"{len(differ)} tensors are missing, superfluous or of another shape, as {differ[:1]}")
+    arrays = {name: torch.asarray(w, dtype=torch.float32, copy=True) for name, w in state_dict.items()}
+    require(all(w.isfinite().all() for w in arrays.values()), "weights that are not finite")
+    net.load_state_dict(arrays, assign=True)
+    return net.eval().requires_grad_(False)
 
 
 # ---- A run's folder and its log ----
 def open_run(args, ignore):
-    """Make or continue the folder args.out; args.json keeps the arguments, but for those to ignore. -> Path
+    """Make or continue the folder args.out, for this process alone; args.json keeps the arguments, but for those
+    to ignore. -> Path
 
     UserError, with nothing touched, if the folder holds another run (it names what differs) or no run."""
-    folder, known = Path(args.out), Path(args.out) / "args.json"
+    folder, known = Path(args.out).resolve(), Path(args.out) / "args.json"
+    if world()[0] > 0:
+        return Path(args.out)
     now = {name: value for name, value in vars(args).items() if name not in ignore}
-    if folder.exists() and not known.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"--out {folder} exists and is no run's folder: name another")
+    if folder.exists() and not known.exists() and not (
+            folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        raise UserError(f"--out {args.out} exists and is no run's folder: name another")
     if args.fresh and known.exists():
         names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10**6))
         print(f"moved the older run to {folder.rename(next(name for name in names if not name.exists()))}")
     if known.exists():
-        try:
+        with blame(f"{known} is damaged: name another --out, or start anew with --fresh"):
             then = dict(json.loads(known.read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{known} is damaged: name another --out, or start anew with --fresh") from None
         differs = [f"{name} is {then.get(name)} there and {now.get(name)} here"
                    for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
         if differs:
-            raise UserError(f"{folder} holds another run ({'; '.join(differs)}): "
+            raise UserError(f"{args.out} holds another run ({'; '.join(differs)}): "
                             "name another --out, or start anew with --fresh")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    with blame(f"{args.out} is in use by another process: wait for it, or name another --out", OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    LOCKS.append(lock)  # held until the process ends
     save(now, known)
-    return folder
+    return Path(args.out)
+
+
+LOCKS = []
+
+
+class Stop:
+    """SIGINT and SIGTERM, asked for after each step: the first asks the run to save and stop, a second kills it.
+    All ranks hear of it after the same step."""
+    def __init__(self):
+        self.signal = 0
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.note)
+
+    def note(self, kind, frame):
+        self.signal = kind
+        signal.signal(kind, signal.SIG_DFL)
+
+    def asked(self):
+        if dist.is_initialized():
+            where = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+            dist.all_reduce(kind := torch.tensor(self.signal, device=where), dist.ReduceOp.MAX)
+            self.signal = int(kind)
+        return self.signal
+
+
+def save_if_due(args, folder, parts, stop, keep=lambda name: None):
+    """After a step: the checkpoint, if it is due or a signal asks for it; then the run stops."""
+    log, stopping = parts["log"], stop.asked()
+    if world()[0] == 0 and (log.step % args.save_every == 0 or log.step == args.steps or stopping):
+        keep("g_ema.pt")
+        save_state(folder / "ckpt.pt", **parts)  # last: what it says is done, is done
+    if stopping and log.step < args.steps:
+        raise KeyboardInterrupt(f"step {log.step} is saved in {folder}; the same command goes on from there")
 
 
 class Log:
     """Means over the steps between two lines, to log.jsonl and to the screen (a bar on a terminal, else plain
     lines). Its state is part of the checkpoint, so that the log of a resumed run has no seam."""
     def __init__(self, path, steps):
-        self.path, self.steps, self.step, self.saved = Path(path), steps, 0, 0
+        self.path, self.steps, self.step, self.saved, self.first = Path(path), steps, 0, 0, 0
         self.sums, self.counts, self.seconds, self.begun = {}, {}, 0.0, time.time()
-        self.bar = tqdm(total=steps, disable=None)  # None: silent unless stderr is a terminal
+        self.bar = tqdm(total=steps, disable=None if world()[0] == 0 else True)  # None: silent off a terminal
 
     def elapsed(self):
         """Seconds of this run, those before an interruption included."""
@@ -472,8 +862,9 @@ class Log:
 
     def read(self):
         """log.jsonl as a list of dicts, without a last line cut short by a kill."""
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        return [json.loads(line) for line in lines]
+        with blame(f"{self.path} is damaged: start anew with --fresh", ValueError):
+            lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+            return [json.loads(line) for line in lines]
 
     def state_dict(self):
         self.saved = self.step
@@ -482,35 +873,42 @@ class Log:
     def load_state_dict(self, state):
         """Go on after the state's step; lines that a killed run wrote past it are dropped."""
         self.step, self.sums, self.counts = state["step"], dict(state["sums"]), dict(state["counts"])
-        self.saved = self.bar.initial = self.bar.n = self.step
+        require(0 <= self.step <= self.steps, f"step {self.step} of {self.steps}")
+        self.saved = self.first = self.bar.initial = self.bar.n = self.step
         self.seconds, self.begun = state["seconds"], time.time()
         lines = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= self.step]
-        with atomic(self.path) as temporary:
-            temporary.write_text("".join(lines))
+        if world()[0] == 0:
+            with atomic(self.path) as temporary:
+                temporary.write_text("".join(lines))
 
     def add(self, **values):
         """Count tensors in, by their mean. UserError, before any weight is touched by it, if not finite."""
-        for name, value in values.items():
-            mean = value.detach().float().mean().item()
+        means = torch.stack([value.detach().float().mean() for value in values.values()]).tolist()
+        for name, mean in zip(values, means):
             if not math.isfinite(mean):
+                advice = "with a smaller --lr" if self.step else "with other settings: it was so from the start"
                 raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is step "
-                                f"{self.saved} in {self.path.parent}. Try --fresh with a smaller --lr")
+                                f"{self.saved} in {self.path.parent}. Try --fresh {advice}")
             self.sums[name] = self.sums.get(name, 0.0) + mean
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def write(self, **values):
         """A line: the means since the last one, and values as they are."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        if dist.is_initialized():
+            means = dict(zip(means, mean_over_ranks(list(means.values()))))
         self.sums, self.counts = {}, {}
+        if world()[0] > 0:
+            return
         line = {"step": self.step, **means, **values, "seconds": round(self.elapsed(), 2)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         text = "  ".join(f"{name} {value:.4g}" for name, value in (means | values).items())
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable:
-            now = self.elapsed()
-            eta = now / max(self.step, 1) * (self.steps - self.step)
-            print(f"step {self.step}/{self.steps}  {text}  {now:.0f} s, {eta:.0f} s to go", flush=True)
+            done, all_seconds = self.step - self.first, self.elapsed()
+            eta = f", {(time.time() - self.begun) / done * (self.steps - self.step):.0f} s to go" if done else ""
+            print(f"step {self.step}/{self.steps}  {text}  {all_seconds:.0f} s{eta}", flush=True)
 
     def advance(self):
         """The step is done."""
@@ -521,6 +919,11 @@ class Log:
 
 
 # ---- Pictures ----
+def to_uint8(x):
+    """Images in [-1, 1] to bytes, as the papers do it."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
 def image_grid(images, columns=1):
     """uint8 (N, 3, H, W) -> a Pillow image, row by row, what is left of the last row black."""
     images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from common import (DISTANCES, MLP, Distance, EDMPrecond, Log, Parser, Stop, accumulate, add_method_arguments,
                     add_run_arguments, annealed, atomic, batch_sum, blame, diffuse, dsm_loss, edm_sampler,
-                    ema_beta, ema_update, image_grid, lambda_edm, load_generator, load_state, make_distance,
+                    ema_beta, ema_update, image_grid, lambda_edm, load_generator, make_distance,
                     make_generator_loss, number, one_line_errors, open_run, p_edm, pick_device,
-                    plot_log, save, save_generator, save_if_due, save_picture, seed_step, sim_loss,
+                    plot_log, resume, save, save_generator, save_if_due, save_picture, seed_step, sim_loss,
                     train_only)
 
 
@@ -195,10 +195,7 @@ def prepare(args, folder, mixture):
                           for net in (d_psi, g)]
     parts = {"d_psi": d_psi, "g": g, "g_ema": g_ema, "opt_psi": opt_psi, "opt_theta": opt_theta,
              "log": Log(folder / "log.jsonl", args.steps), "d_q": d_q}
-    if checkpoint.exists():
-        load_state(checkpoint, **parts)
-    else:
-        (folder / "log.jsonl").unlink(missing_ok=True)
+    resume(folder, parts)
     return parts
 
 
@@ -209,7 +206,8 @@ def train(args, d_q, parts, report):
     distance = make_distance(args)
     generator_loss = make_generator_loss(args, distance)
     weight_psi, rows = lambda_edm, args.batch  # samples in an update
-    times = {"psi": p_edm, "theta": partial(p_edm, mean=args.p_mean, std=args.p_std)}
+    times = {"psi": partial(p_edm, mean=args.psi_mean, std=args.psi_std),
+             "theta": partial(p_edm, mean=args.p_mean, std=args.p_std)}
 
     def draw(phase):  # -> [(z, t, eps, cond)], the micro-batches; points come without a condition
         where = {"device": device, "generator": random}
@@ -377,8 +375,8 @@ def parse(argv):
     parser.add_argument("--pretrain-steps", type=number(int), default=3000, help="of the first denoiser")
     add_method_arguments(parser)
     add_run_arguments(parser, method="sim", sid_alpha=1.0, steps=4000, batch=1024, lr=2e-3, anneal="linear",
-                      t_star=2.5, p_mean=-1.5, p_std=1.5, psi_updates=1, ema_half_life=7e4, save_every=500,
-                      n=10_000)  # measured on the ring
+                      t_star=2.5, p_mean=-1.5, p_std=1.5, psi_mean=-1.2, psi_std=1.2, psi_updates=1,
+                      ema_half_life=7e4, save_every=500, n=10_000)  # measured on the ring
     return parser.parse_args(argv)
 
 

@@ -19,29 +19,32 @@ import pickletools
 import tempfile
 import urllib.request
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (SHAPES, Log, Parser, Speed, Stop, UserError, accumulate, add_method_arguments,
+from common import (SHAPES, Block, Log, Parser, Speed, Stop, UserError, accumulate, add_method_arguments,
                     add_run_arguments, adopt, annealed, atomic, batch_sum, blame, draw_latents, draw_shapes,
                     dsm_loss, edm_sampler, ema_beta, ema_update, image_grid, lambda_edm, load_generator,
-                    load_state, make_distance, make_generator_loss, make_unet, matmul_peak, memory, my_share,
+                    make_distance, make_generator_loss, make_unet, matmul_peak, memory, my_share,
                     now, number, one_line_errors, open_run, p_edm, p_karras, pick_device, plot_log, replicate,
-                    require, save, save_generator, save_if_due, save_picture, seed_step, to_uint8, train_only,
-                    world)
+                    require, resume, save, save_generator, save_if_due, save_picture, seed_step, to_uint8,
+                    train_only, world)
 from eval_fid import frechet_distance, moments, teacher_features
 
 # ---- Settings ----
 PAPER = {  # Table 5, (B.9)-(B.10); what it leaves open (steps, EMA, dropout, eps) as in SiD's code
     "method": "sim", "sid_alpha": 1.0, "steps": 2_000_000, "batch": 256, "lr": 1e-5, "anneal": "none",
-    "t_star": 2.5, "p_theta": "lognormal", "p_mean": -3.5, "p_std": 2.5, "psi_updates": 1,
+    "t_star": 2.5, "p_theta": "lognormal", "p_mean": -3.5, "p_std": 2.5, "psi_mean": -1.2, "psi_std": 1.2,
+    "psi_updates": 1,
     "ema_half_life": 5e5, "dropout": 0.13, "adam_eps": 1e-8, "save_every": 1000, "log_every": 50}
 PRESETS = {"paper": PAPER,
            "sid": PAPER | {"method": "sid", "sid_alpha": 1.2, "p_theta": "karras"},  # SiD's code
@@ -62,11 +65,11 @@ EMBEDDED = Path(__file__).parent / "assets" / "shapes_teacher.pt"
 
 
 # ---- NVIDIA's pickles ----
-# A pickle is a program, and unpickling runs it. Here pickletools only decodes its instructions; those that build
-# dicts, lists and numbers are followed, and a call is looked up in CALLS, where each function is ours and inert.
+# A pickle is a program, and unpickling runs it. Here pickletools only decodes its instructions; those that
+# build dicts, lists and numbers are followed, and a call is looked up in CALLS: its functions are ours.
 def rebuild_tensor(storage, offset, size, stride, *_):
-    shaped = isinstance(storage, np.ndarray) and isinstance(size, tuple) and isinstance(stride, tuple)
-    require(shaped and len(size) == len(stride), "a tensor without shape")
+    require(isinstance(storage, np.ndarray) and storage.strides == (4,), "a tensor of no storage")
+    require(type(size) is type(stride) is tuple and len(size) == len(stride) < 8, "a tensor without shape")
     require(all(type(n) is int and 0 <= n < 2**40 for n in (offset, *size, *stride)), "an impossible shape")
     end = offset + sum((n - 1) * s for n, s in zip(size, stride)) + 1
     require(max(end, math.prod(size)) <= len(storage), "a tensor larger than its storage")
@@ -75,11 +78,12 @@ def rebuild_tensor(storage, offset, size, stride, *_):
 
 def read_storage(data):
     """A torch.save of torch < 1.6: five pickles, then the count and the numbers. -> float32 (count,)"""
-    stream = io.BytesIO(data)
+    stream = io.BytesIO(data[:2000])  # the pickles have some 500 bytes
     magic, version, _, storage, _ = [read_pickle(stream, {"torch FloatStorage": None}, 50) for _ in range(5)]
     known = (magic, version, *storage[:2]) == (0x1950a86a20f9469cfc6c, 1001, "storage", "torch FloatStorage")
     count, values = stream.read(8), np.frombuffer(data, "<f4", offset=stream.tell())
-    require(known and len(values) == storage[4] == int.from_bytes(count, "little"), "a storage of another kind")
+    known = known and len(values) == storage[4] == int.from_bytes(count, "little")
+    require(known, "a storage of another kind")
     return values
 
 
@@ -102,9 +106,9 @@ class Global(str):
     """The name of a function, once it has been found in CALLS."""
 
 
-def read_pickle(stream, calls=CALLS, most=200_000):
-    """One pickle from a binary stream, as plain data. ValueError, KeyError, IndexError or TypeError for a damaged
-    one, for more instructions than `most`, and for any that the checkpoints do not use."""
+def read_pickle(stream, calls=CALLS, most=100_000):
+    """One pickle from a binary stream, as plain data. ValueError, KeyError, IndexError or TypeError for a
+    damaged one, for more instructions than `most`, and for any that the checkpoints do not use."""
     stack, marks, memo = [], [], {}
 
     def pop(n=None):  # the last n, or what came after the last mark
@@ -117,7 +121,7 @@ def read_pickle(stream, calls=CALLS, most=200_000):
         return Global(path)
 
     def call(function, args):
-        require(type(function) is Global, "it would call a value")
+        require(type(function) is Global and type(args) is tuple, "it would call a value")
         return calls[function](*args)
 
     def set_items(items):
@@ -133,8 +137,9 @@ def read_pickle(stream, calls=CALLS, most=200_000):
         "EMPTY_TUPLE": lambda _: (), "EMPTY_LIST": lambda _: [], "EMPTY_DICT": lambda _: {},
         "EMPTY_SET": lambda _: set(), "TUPLE": lambda _: tuple(pop()), "TUPLE1": lambda _: tuple(pop(1)),
         "TUPLE2": lambda _: tuple(pop(2)), "TUPLE3": lambda _: tuple(pop(3)), "BINGET": lambda key: memo[key],
-        "LONG_BINGET": lambda key: memo[key], "GLOBAL": find, "STACK_GLOBAL": lambda _: find(" ".join(pop(2))),
-        "REDUCE": lambda _: call(*pop(2)), "NEWOBJ": lambda _: call(*pop(2)), "BINPERSID": lambda _: pop(1)[0]}
+        "LONG_BINGET": lambda key: memo[key], "GLOBAL": find,
+        "STACK_GLOBAL": lambda _: find(" ".join(pop(2))), "REDUCE": lambda _: call(*pop(2)),
+        "NEWOBJ": lambda _: call(*pop(2)), "BINPERSID": lambda _: pop(1)[0]}
     acts = {"PROTO": lambda _: None, "FRAME": lambda _: None, "MARK": lambda _: marks.append(len(stack)),
             "MEMOIZE": lambda _: memo.update({len(memo): stack[-1]}),
             "BINPUT": lambda key: memo.update({key: stack[-1]}),
@@ -156,10 +161,11 @@ def read_pickle(stream, calls=CALLS, most=200_000):
 
 def collect(top):
     """-> {name: array}, the parameters and buffers of a pickled module and of all below it."""
-    found, waiting = {}, [("", top)]
+    found, waiting, modules = {}, [("", top)], 0
     while waiting:
-        require(len(found) < 10_000 and len(waiting) < 10_000, "too many tensors")
         prefix, module = waiting.pop()
+        modules += 1
+        require(modules < 10_000 and prefix.count(".") < 8, "modules without end")
         found |= {prefix + name: value for kind in ("_parameters", "_buffers")
                   for name, value in module[kind].items() if value is not None}
         waiting += [(f"{prefix}{name}.", below.get("state", below))
@@ -169,7 +175,7 @@ def collect(top):
 
 def load_edm_pickle(path):
     """One of NVIDIA's EDM networks, or a SiD generator in their format, executing nothing in its .pkl.
-    -> net(x, sigma, class_labels=None, augment_labels=None), a frozen denoiser. UserError for anything else."""
+    -> net(x, sigma, class_labels=None, augment_labels=None), frozen. UserError for anything else."""
     expected = "expected an EDM checkpoint of NVIDIA's (EDMPrecond with a SongUNet, .pkl)"
     if not Path(path).is_file() or Path(path).stat().st_size > 2**31:
         raise UserError(f"{path} is no file below 2 GiB: {expected}")
@@ -178,12 +184,14 @@ def load_edm_pickle(path):
         top = read_pickle(stream)["ema"]
         require(not stream.read(1), "something follows its end")
         args, state = dict(top["state"]["_init_kwargs"]), top["state"]
-        kind = top["class_name"], args.pop("model_type", "DhariwalUNet"), args.pop("decoder_type", "standard")
-        require(kind == ("EDMPrecond", "SongUNet", "standard"), f"a network {kind}")
-        fixed = args.pop("sigma_min", 0), args.pop("sigma_max", math.inf), args.pop("sigma_data", 0.5)
-        require((*fixed, state["_init_args"]) == (0, math.inf, 0.5, ()), f"other constants {fixed}")
+        fixed = {"model_type": "SongUNet", "decoder_type": "standard", "sigma_min": 0, "sigma_max": math.inf,
+                 "sigma_data": 0.5}
+        same = [args.pop(name, value) == value for name, value in fixed.items()]
+        require(top["class_name"] == "EDMPrecond" and all(same), "no EDMPrecond with a SongUNet")
         args.pop("use_fp16", None)  # how to compute, not what
-        return adopt(make_unet, args, collect(state))
+        arrays = collect(state)
+        require(sum(a.nbytes for a in arrays.values()) <= stream.tell(), "tensors that share their numbers")
+        return adopt(make_unet, args, arrays)
 
 
 # ---- Teachers ----
@@ -196,27 +204,27 @@ def download(url, path):
     """url to path, with a progress bar; path appears when it is complete. UserError without a network."""
     path.parent.mkdir(parents=True, exist_ok=True)
     advice = "connect to the network, or save it by other means as"
-    with (blame(f"could not download {url} ({{}}): {advice} {path}", OSError, ValueError),
+    with (blame(f"could not download {url} ({{}}): {advice} {path}", OSError, ValueError, HTTPException),
           urllib.request.urlopen(url, timeout=20) as source, atomic(path) as temporary,
           temporary.open("wb") as file):
         size = int(source.headers.get("Content-Length", 0))
         with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
             while block := source.read(2**20):
                 bar.update(file.write(block))
-        require(file.tell() == size, f"the connection ended after {file.tell()} of {size} bytes")
+        require(file.tell() == (size or file.tell()), f"it ended after {file.tell()} of {size} bytes")
 
 
 def load_denoiser(path, build=make_unet):
     """A run's folder, a .pt of ours or a .pkl of NVIDIA's -> (net, t_star, meta)."""
-    if str(path).endswith(".pkl"):
-        return load_edm_pickle(path), PAPER["t_star"], {"source": Path(path).name}  # SiD's generators have it too
+    if str(path).endswith(".pkl") and not Path(path).is_dir():
+        return load_edm_pickle(path), PAPER["t_star"], {"source": Path(path).name}  # t*: SiD's generators'
     return load_generator(path, build)
 
 
 def import_teacher(name):
     """package.module:function, called: a denoiser net(x, t) of the user's own, or with class_labels."""
-    module, function = name.split(":")
-    with blame(f"--teacher {name}: {{}}", ImportError, AttributeError):
+    module, _, function = name.partition(":")
+    with blame(f"--teacher {name}: {{}}", ImportError, AttributeError, ValueError, TypeError):
         net = getattr(importlib.import_module(module), function)()
     missing = [key for key in ("image_shape", "label_dim") if not hasattr(net, key)]
     if not isinstance(net, torch.nn.Module) or missing:
@@ -228,16 +236,21 @@ def import_teacher(name):
 def fetch(name):
     """The path of one of the four published checkpoints, downloaded by the first rank if it is not there."""
     url = URL.format(name if "-" in name else f"{name}-vp")
-    path = Path("checkpoints") / url.rpartition("/")[2]
+    path, error = Path("checkpoints") / url.rpartition("/")[2], None
     if world()[0] == 0 and not path.exists():
-        download(url, path)
+        try:
+            download(url, path)
+        except UserError as failed:
+            error = failed
     if dist.is_initialized():
         dist.barrier()
+    if not path.exists():
+        raise error or UserError(f"{path} is not there: the first rank could not download it")
     return path
 
 
 def choose_teacher(device):
-    """--teacher auto: CIFAR-10 where there is a GPU and the checkpoint, else the embedded one; it says why."""
+    """--teacher auto: CIFAR-10 if there is a GPU and the checkpoint can be had, else the embedded one."""
     try:
         if device.type != "cuda":
             raise UserError("there is no GPU here")
@@ -254,7 +267,8 @@ def load_teacher(args):
     if ":" in args.teacher:
         return import_teacher(args.teacher), {}
     path = fetch(args.teacher) if args.teacher in CIFAR else args.teacher
-    path = EMBEDDED if args.teacher == "shapes" else path
+    path = Path(EMBEDDED if args.teacher == "shapes" else path)
+    path = path / "g_ema.pt" if path.is_dir() else path
     net, _, meta = load_denoiser(path)
     args.teacher_sha256 = sha256(path)
     weights = sum(w.numel() for w in net.parameters())
@@ -263,8 +277,10 @@ def load_teacher(args):
 
 
 def train_teacher(args, folder, device):
-    """A diffusion model of the shapes by EDM's recipe (Karras et al. 2022, section 5): dsm_loss, p_edm, an EMA.
-    A tenth of the labels is dropped, so that it serves without labels too. -> assets/shapes_teacher.pt"""
+    """A diffusion model of the shapes by EDM's recipe (Karras et al. 2022, section 5): dsm_loss, p_edm, EMA.
+    A tenth of the labels is dropped, so that it serves without labels too. -> teacher.pt in the folder"""
+    if world()[1] > 1:
+        raise UserError("--train-teacher is for one process: start it without torchrun")
     torch.manual_seed(args.seed)
     net = make_unet(**SHAPES_NET).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -272,8 +288,7 @@ def train_teacher(args, folder, device):
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     log, stop = Log(folder / "log.jsonl", args.steps), Stop()
     parts = {"net": net, "ema": ema, "optimiser": optimiser, "log": log}
-    if (folder / "ckpt.pt").exists():
-        load_state(folder / "ckpt.pt", **parts)
+    resume(folder, parts)
     while log.step < args.steps:
         optimiser.param_groups[0]["lr"] = min(1, (log.step + 1) / 200) * annealed(args, log.step)
         seed_step(args.seed, log.step)
@@ -290,11 +305,13 @@ def train_teacher(args, folder, device):
         if log.step % args.log_every == 0:
             log.write()
         save_if_due(args, folder, parts, stop)
-    save_generator(EMBEDDED, ema.half(), SHAPES_NET, PAPER["t_star"], **measure_teacher(args, ema.float()))
+    meta = measure_teacher(args, ema.half().float())  # with the weights as they are stored
+    save_generator(folder / "teacher.pt", ema.half(), SHAPES_NET, PAPER["t_star"], **meta)
+    print(f"next: python 02_edm_cifar.py --teacher {folder}/teacher.pt --preset shapes")
 
 
 def measure_teacher(args, net):
-    """What a run compares with: true shapes' features, their distance among themselves, the teacher's to them."""
+    """What a run compares with: features of true shapes, and the distances of others and of the teacher's."""
     device, shapes = next(net.parameters()).device, lambda n, key: draw_shapes(n, [key, args.seed])[0]
     meta = {"data": "shapes", "steps": args.steps, "batch": args.batch, "seed": args.seed}
     meta["mu"], meta["sigma"] = moments(teacher_features(net, shapes(20_000, 1).to(device)).cpu())
@@ -310,7 +327,7 @@ FD_IMAGES = 2000
 
 
 def given_labels(net, labels, amp="none"):
-    """(x_t, t) -> denoised, the labels (B, label_dim) closed over; the networks compute in bfloat16 with amp."""
+    """(x_t, t) -> denoised, with the labels (B, label_dim) closed over, under autocast if amp is bf16."""
     cond = {"class_labels": labels} if labels.shape[1] else {}
 
     def denoiser(x_t, t):
@@ -343,15 +360,12 @@ def prepare(args, folder, d_q):
     """The parts of a run: new, or as ckpt.pt has them."""
     d_psi, g, g_ema = [copy.deepcopy(d_q) for _ in range(3)]
     for layer in [*d_psi.modules(), *g.modules()]:
-        if hasattr(layer, "dropout"):
+        if isinstance(layer, Block):
             layer.dropout = args.dropout
     optimiser = partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)  # Table 5
     parts = {"d_psi": d_psi, "g": g, "g_ema": g_ema, "opt_psi": optimiser(d_psi.parameters()),
              "opt_theta": optimiser(g.parameters()), "log": Log(folder / "log.jsonl", args.steps)}
-    if (folder / "ckpt.pt").exists():
-        load_state(folder / "ckpt.pt", **parts)
-    elif world()[0] == 0:
-        (folder / "log.jsonl").unlink(missing_ok=True)
+    resume(folder, parts)
     return parts
 
 
@@ -359,12 +373,15 @@ def train(args, d_q, parts, report):
     """Algorithm 2, up to args.steps updates of g; report() is called after each."""
     d_psi, g, g_ema, opt_psi, opt_theta, log = parts.values()
     device, shape = next(d_q.parameters()).device, (args.batch, *d_q.image_shape)
+    for net in (d_psi, g, d_q) if args.compile else ():
+        net.compile()
     d_psi, g = replicate(d_psi.requires_grad_(True)), replicate(g.requires_grad_(True))
     distance = make_distance(args)
     generator_loss = make_generator_loss(args, distance)
     weight_psi, rows = lambda_edm, args.batch // world()[1]  # samples of this rank in an update
     p_theta = p_karras if args.p_theta == "karras" else partial(p_edm, mean=args.p_mean, std=args.p_std)
-    times = {"psi": p_edm, "theta": p_theta}
+    times = {"psi": partial(p_edm, mean=args.psi_mean, std=args.psi_std), "theta": p_theta}
+    t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
     given = partial(given_labels, amp=args.amp)
 
     def draw(phase):  # -> [(z, t, eps, cond)], this rank's micro-batches of the global draw
@@ -376,7 +393,7 @@ def train(args, d_q, parts, report):
         return my_share((z, t, eps, labels), args.batch_gpu)
 
     def generate(g, z, cond):
-        return given(g, cond)(z, args.t_star)  # (B.4)
+        return given(g, cond)(z, t_star)  # (B.4)
 
     while log.step < args.steps:
         for optimiser in (opt_psi, opt_theta):
@@ -409,7 +426,7 @@ def train(args, d_q, parts, report):
 
 
 def passes(args):
-    """What an update of each network costs, in forwards of one: a backward is two, or one for inputs alone."""
+    """The cost of an update of both, in forwards: a backward is two, or one where weights are frozen."""
     return args.psi_updates * (1 + 3) + (3 + 2 + 2 if args.method != "di" else 3 + 1 + 1)
 
 
@@ -437,12 +454,13 @@ def distil(args, folder, d_q, teacher_meta):
     g, log = parts["g_ema"], parts["log"]
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
     speed = Speed(log.step, args.batch, passes(args) * forward_flops(d_q), device, dtype)
-    by_rows = [row for row in range(10) for _ in range(8)] if d_q.label_dim else None
+    by_rows = [row % d_q.label_dim for row in range(10) for _ in range(8)] if d_q.label_dim else None
     shown = [v.to(device) for v in draw_latents(range(80), d_q.image_shape, d_q.label_dim, by_rows)]
     tested = [v.to(device) for v in draw_latents(range(FD_IMAGES), d_q.image_shape, d_q.label_dim)]
 
     def keep(name):
-        save_generator(folder / name, g, d_q.net_args, args.t_star, teacher=args.teacher, step=log.step)
+        net_args = getattr(d_q, "net_args", {})  # a user's own network is built by --teacher alone
+        save_generator(folder / name, g, net_args, args.t_star, teacher=args.teacher, step=log.step)
 
     def look():  # what can be seen of the generator so far
         image = picture([sample_one_step(g, args.t_star, *shown)])
@@ -485,7 +503,7 @@ def summarise(args, folder, d_q, teacher_meta, g, log, shown):
               f"  true shapes              {metrics['fd_real']:.4f}\n"
               f"  teacher, 35 evaluations  {metrics['fd_teacher']:.4f}\n"
               f"  one step                 {metrics['fd']:.4f}, "
-              f"{metrics['fd'] / metrics['fd_teacher']:.2f} times the teacher's (best {metrics['fd_best']:.4f})")
+              f"{metrics['fd'] / metrics['fd_teacher']:.2f} times the teacher's")
     save(metrics, folder / "metrics.json")
     print(f"{log.elapsed():.0f} s; pictures: {folder}/samples.png (teacher | one step), curve.png, samples/")
     print(f"next: python 02_edm_cifar.py --sample {folder} --n 64 --teacher-sample --out grid.png")
@@ -494,37 +512,46 @@ def summarise(args, folder, d_q, teacher_meta, g, log, shown):
 # ---- Without training ----
 def sample(args, device):
     """--sample: image k from seed + k, to a grid (.png), an array (.npz) or a folder of PNGs."""
-    path = Path(args.sample) / "g_ema.pt" if Path(args.sample).is_dir() else args.sample
-    g, t_star, meta = load_denoiser(path)
+    build = (lambda **_: import_teacher(args.teacher)) if ":" in args.teacher else make_unet
+    g, t_star, meta = load_denoiser(args.sample, build)
     g, t_star, columns = g.to(device), args.t_star or t_star, {}
     if args.classes and not (g.label_dim and max(args.classes) < g.label_dim):
-        raise UserError(f"--classes {args.classes}: {path} has {g.label_dim} classes")
+        raise UserError(f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     z, labels = draw_latents(range(args.seed, args.seed + args.n), g.image_shape, g.label_dim, args.classes)
     z, labels = z.to(device), labels.to(device)
     if args.teacher_sample:
-        args.teacher = meta.get("teacher", "none") if args.teacher == "auto" else args.teacher
-        columns["teacher"] = sample_teacher(load_teacher(args)[0].to(device), z, labels)
-    columns["one step"] = sample_one_step(g, t_star, z, labels)
+        if args.teacher == "auto":
+            args.teacher = str(meta.get("teacher", ""))
+            if ":" in args.teacher or not args.teacher:  # a file does not say what to import
+                raise UserError(f"--teacher-sample: name the teacher of {args.sample} by --teacher")
+        d_q = load_teacher(args)[0].to(device)
+        if (d_q.image_shape, d_q.label_dim) != (g.image_shape, g.label_dim):
+            raise UserError(f"--teacher {args.teacher} has other images or classes than {args.sample}")
+        columns["teacher"] = sample_teacher(d_q, z, labels)
+    columns["one_step"] = sample_one_step(g, t_star, z, labels)
     out = Path(args.out or f"samples-{args.n}-seed-{args.seed}.png")
     if out.suffix == ".npz":
-        arrays = {name.replace(" ", "_"): to_uint8(x).permute(0, 2, 3, 1).cpu().numpy() for name, x in columns.items()}
+        arrays = {name: rearrange(to_uint8(x), "n c h w -> n h w c").cpu() for name, x in columns.items()}
         with atomic(out) as temporary:
-            np.savez(temporary, **arrays, labels=labels.argmax(1).cpu().numpy() if g.label_dim else [])
+            np.savez(temporary, **arrays, labels=labels.argmax(1).cpu() if g.label_dim else [])
     elif out.suffix == ".png":
         rows = math.ceil(args.n**0.5)
-        save_picture(picture([F.pad(x, (0,) * 7 + (-args.n % rows,), value=1) for x in columns.values()], rows), out)
+        filled = [F.pad(x, (0,) * 7 + (-args.n % rows,), value=1) for x in columns.values()]
+        save_picture(picture(filled, rows), out)
+    elif out.suffix:
+        raise UserError(f"--out {out}: expected .png (a grid), .npz (an array) or a folder (of PNGs)")
     else:
         for name, x in columns.items():
-            folder = out / name.replace(" ", "_") if args.teacher_sample else out
+            folder = out / name if args.teacher_sample else out
             folder.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(to_uint8(x)):
                 save_picture(image_grid(image[None]), folder / f"{args.seed + k:06}.png")
-    print(f"{args.n} images, one step{' beside the 35-evaluation teacher' if args.teacher_sample else ''}: {out}")
+    print(f"{args.n} images ({' | '.join(columns)}): {out}")
 
 
 def bench(args, d_q):
-    """--bench: the teacher's forward and both updates as `train` does them, with what they make of the machine."""
-    device, steps = next(d_q.parameters()).device, 3 if args.steps is None else args.steps
+    """--bench: the teacher's forward and both updates as `train` does them, and their use of the machine."""
+    device, steps = next(d_q.parameters()).device, args.steps
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
     x = torch.randn(args.batch_gpu, *d_q.image_shape, device=device)
     labels = x.new_zeros(args.batch_gpu, d_q.label_dim)
@@ -534,15 +561,15 @@ def bench(args, d_q):
         with torch.no_grad():
             given_labels(d_q, labels, args.amp)(x, 1.0)
         forward.append((now(device) - begun) / args.batch_gpu)
-    args.steps, times = steps + 2, []
+    args.steps, times = steps + 1, []
     with tempfile.TemporaryDirectory() as folder:
         parts = prepare(args, Path(folder), d_q)
         for optimiser in (parts["opt_psi"], parts["opt_theta"]):
             optimiser.register_step_post_hook(lambda *_: times.append(now(device)))
         train(args, d_q, parts, lambda: None)
-    gaps = np.diff(times[3:]) / args.batch  # from the end of psi's second update on: theta, psi, theta, ...
-    flops, peak = forward_flops(d_q), matmul_peak(device, dtype)
-    theta, psi, forward = np.median(gaps[::2]), np.median(gaps[1::2]), np.median(forward[2:])
+    ends = np.array(times).reshape(-1, args.psi_updates + 1) / args.batch  # of psi's updates, and of theta's
+    psi, theta = np.median(ends[1:, -2] - ends[:-1, -1]), np.median(ends[1:, -1] - ends[1:, -2])
+    flops, peak, forward = forward_flops(d_q), matmul_peak(device, dtype), np.median(forward[2:])
     print(f"{'':24}ms/image  images/s   GFLOP/s  of the peak  forwards")
     for name, seconds, cost in (("teacher's forward", forward, 1), ("psi update", psi, 4 * args.psi_updates),
                                 ("theta update", theta, passes(args) - 4 * args.psi_updates),
@@ -550,11 +577,15 @@ def bench(args, d_q):
         rate = flops * cost / seconds
         print(f"{name:22}{1e3 * seconds:10.3f}{1 / seconds:10.1f}{rate / 1e9:10.1f}{rate / peak:12.1%}"
               f"{seconds / forward:8.2f} ({cost})")
-    print(f"peak {peak / 1e9:.0f} GFLOP/s in {dtype}; {flops / 1e9:.2f} GFLOP an image; {memory(device):.2f} GiB; "
-          f"batch {args.batch} in micro-batches of {args.batch_gpu}")
+    print(f"peak {peak / 1e9:.0f} GFLOP/s in {dtype}; {flops / 1e9:.2f} GFLOP an image; "
+          f"{memory(device):.2f} GiB; batch {args.batch} in micro-batches of {args.batch_gpu}")
 
 
 # ---- The command line ----
+IGNORE = ("out", "fresh", "device", "save_every", "log_every", "batch_gpu", "sample", "n", "classes",
+          "convert", "teacher_sample", "bench")  # not a part of what a run is
+
+
 def classes(text):
     try:
         return [number(int, strict=False)(word) for word in text.split(",")]
@@ -564,22 +595,22 @@ def classes(text):
 
 def parse(argv):
     parser = Parser(__doc__)
-    parser.add_argument("--teacher", default="auto", help="uncond, cond, uncond-ve, cond-ve (NVIDIA's CIFAR-10), "
-                        "shapes (embedded), a .pkl or .pt file, package.module:function, or auto")
-    parser.add_argument("--preset", choices=("paper", "sid", "shapes"), help="values of the options left out; "
+    parser.add_argument("--teacher", default="auto", help="auto, uncond, cond, uncond-ve, cond-ve (NVIDIA's "
+                        "CIFAR-10), shapes (embedded), a .pkl or .pt file, or package.module:function")
+    parser.add_argument("--preset", choices=("paper", "sid", "shapes"), help="for the options left out; "
                         "shapes with the embedded teacher, else paper (Table 5)")
     add_method_arguments(parser)
     add_run_arguments(parser, n=64)
-    parser.add_argument("--p-theta", choices=("lognormal", "karras"), help="g's times: (B.10), or SiD's (B.8)")
-    parser.add_argument("--dropout", type=number(float, strict=False), help="in the network that learns (SiD's code: 0.13)")
+    parser.add_argument("--p-theta", choices=("lognormal", "karras"), help="g's times: (B.10) or (B.8)")
+    parser.add_argument("--dropout", type=number(float, strict=False), help="while learning (SiD: 0.13)")
     parser.add_argument("--adam-eps", type=number(float), help="of both Adams")
-    parser.add_argument("--batch-gpu", type=number(int), help="samples at once on a device; the rest accumulates")
+    parser.add_argument("--batch-gpu", type=number(int), help="samples at once; gradients accumulate")
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the networks")
     parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the networks")
     parser.add_argument("--log-every", type=number(int), help="steps between log lines")
     parser.add_argument("--classes", type=classes, help="of --sample, as 0,3,7, in turn; random unless given")
-    parser.add_argument("--teacher-sample", action="store_true", help="with --sample: the teacher's images beside")
+    parser.add_argument("--teacher-sample", action="store_true", help="--sample: the teacher's beside")
     parser.add_argument("--train-teacher", action="store_true", help="make the embedded teacher anew")
     parser.add_argument("--convert", nargs=2, metavar=("PKL", "PT"), help="write NVIDIA's .pkl in plain form")
     parser.add_argument("--bench", action="store_true", help="only time the updates, at these sizes")
@@ -588,25 +619,31 @@ def parse(argv):
 
 def settle(args):
     """Fill what the command line left open from the preset. UserError for sizes that do not divide."""
-    preset = "teacher" if args.train_teacher else args.preset or ("shapes" if args.teacher == "shapes" else "paper")
-    args.preset = preset
-    for name, value in PRESETS[preset].items():
+    args.preset = args.preset or ("shapes" if args.teacher == "shapes" else "paper")
+    for name, value in PRESETS["teacher" if args.train_teacher else args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     ranks = world()[1]
+    if args.dropout >= 1:
+        raise UserError(f"--dropout {args.dropout}: expected a number below 1")
     if args.batch % ranks:
-        raise UserError(f"--batch {args.batch} is shared by {ranks} processes: expected a multiple of {ranks}")
+        raise UserError(f"--batch {args.batch} for {ranks} processes: expected a multiple of {ranks}")
     args.batch_gpu = min(args.batch_gpu or args.batch, args.batch // ranks)
+
+
+def convert(source, target):
+    """--convert: NVIDIA's .pkl to the plain form that load_generator reads."""
+    net = load_edm_pickle(source)
+    known = {"source": Path(source).name, "sha256": sha256(source)}
+    save_generator(target, net, net.net_args, PAPER["t_star"], **known)
+    print(f"{target}: {sum(w.numel() for w in net.parameters()):,} parameters, sha256 {known['sha256']}")
 
 
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
     if args.convert:
-        source, target = args.convert
-        net = load_edm_pickle(source)
-        save_generator(target, net, net.net_args, args.t_star or 2.5, source=Path(source).name, sha256=sha256(source))
-        return print(f"{target}: {sum(w.numel() for w in net.parameters()):,} parameters")
+        return convert(*args.convert)
     device, _ = pick_device(args.device), make_distance(args)  # mistakes stop here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32  # torch: on in cuDNN
     if args.sample is not None:
@@ -615,24 +652,18 @@ def main(argv=None):
         settle(args)
         args.out = args.out or "runs/shapes_teacher"
         return train_teacher(args, open_run(args, IGNORE), device)
-    args.teacher = choose_teacher(args, device) if args.teacher == "auto" else args.teacher
+    args.teacher = choose_teacher(device) if args.teacher == "auto" else args.teacher
     if args.bench and args.teacher in CIFAR:  # the time does not depend on the weights
         d_q, meta = make_unet(**CIFAR[args.teacher]).eval().requires_grad_(False), {}
     else:
         d_q, meta = load_teacher(args)
     d_q = d_q.to(device)
-    if args.compile:
-        d_q.compile()
     if args.bench:
         args.steps = args.steps or 3
         return settle(args) or bench(args, d_q)
     settle(args)
     args.out = args.out or f"runs/{Path(args.teacher).stem}-{args.method}-{args.distance}-{args.seed}"
     distil(args, open_run(args, IGNORE), d_q, meta)
-
-
-IGNORE = ("out", "fresh", "device", "save_every", "log_every", "batch_gpu", "sample", "n", "classes", "convert",
-          "teacher_sample", "bench")
 
 
 if __name__ == "__main__":

@@ -262,8 +262,10 @@ class Conv(nn.Conv2d):
         k, c = self.resample_filter.shape[-1], x.shape[1]
         if k == 2:  # a box: the same, several times faster
             return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
-        kernel, where = self.resample_filter.expand(c, 1, k, k), {"stride": 2, "padding": k // 2 - 1, "groups": c}
-        return F.conv2d(x, kernel, **where) if self.resample == "down" else F.conv_transpose2d(x, 4 * kernel, **where)
+        taps = self.resample_filter.expand(c, 1, k, k)
+        where = {"stride": 2, "padding": k // 2 - 1, "groups": c}
+        return (F.conv2d(x, taps, **where) if self.resample == "down" else
+                F.conv_transpose2d(x, 4 * taps, **where))
 
     def forward(self, x):
         if not self.resample:
@@ -284,7 +286,7 @@ class Block(nn.Module):
         self.dropout, self.attention = dropout, attention
         self.norm0, self.conv0 = group_norm(c_in), Conv(c_in, c_out, 3, 1, resample, taps)
         self.affine = nn.Linear(c_emb, c_out)
-        self.norm1, self.conv1 = group_norm(c_out), Conv(c_out, c_out, 3, 1e-5)  # small: at first, nearly identity
+        self.norm1, self.conv1 = group_norm(c_out), Conv(c_out, c_out, 3, 1e-5)  # at first nearly identity
         self.skip = Conv(c_in, c_out, 1, 1, resample, taps) if resample or c_in != c_out else nn.Identity()
         if attention:
             self.norm2 = group_norm(c_out)
@@ -309,8 +311,8 @@ class SongUNet(nn.Module):
 
     x (B, C, H, W), c_noise (B,) or (1,), labels (B, label_dim) one-hot, (B, augment_dim) or None for none."""
     def __init__(self, img_resolution, img_channels=3, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.1,
-                 label_dropout=0.0, embedding_type="positional", channel_mult_noise=1,
+                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,),
+                 dropout=0.1, label_dropout=0.0, embedding_type="positional", channel_mult_noise=1,
                  encoder_type="standard", resample_filter=(1, 1)):
         super().__init__()
         self.label_dropout = label_dropout
@@ -322,14 +324,15 @@ class SongUNet(nn.Module):
 
         block = functools.partial(Block, c_emb=c_emb, dropout=dropout, taps=resample_filter)
         levels = [(img_resolution >> i, model_channels * m) for i, m in enumerate(channel_mult)]
-        layers, skips, c_aux = {f"{img_resolution}x{img_resolution}_conv": Conv(img_channels, c, 3)}, [c], img_channels
+        layers = {f"{img_resolution}x{img_resolution}_conv": Conv(img_channels, c, 3)}
+        skips, c_aux = [c], img_channels
         for size, c_out in levels:
             if size < img_resolution:
                 layers[f"{size}x{size}_down"] = block(c, c, resample="down")
                 skips.append(c)
                 if encoder_type == "residual":
-                    layers[f"{size}x{size}_aux_residual"] = Conv(c_aux, c, 3, 1, "down", resample_filter, True)
-                    c_aux = c
+                    aux, c_aux = Conv(c_aux, c, 3, 1, "down", resample_filter, convolve_first=True), c
+                    layers[f"{size}x{size}_aux_residual"] = aux
             for i in range(num_blocks):
                 layers[f"{size}x{size}_block{i}"] = block(c, c_out, attention=size in attn_resolutions)
                 skips.append(c := c_out)
@@ -343,20 +346,21 @@ class SongUNet(nn.Module):
                 attention = i == num_blocks and size in attn_resolutions
                 layers[f"{size}x{size}_block{i}"] = block(c + skips.pop(), c_out, attention=attention)
                 c = c_out
-        layers |= {f"{size}x{size}_aux_norm": group_norm(c), f"{size}x{size}_aux_conv": Conv(c, img_channels, 3, 1e-5)}
+        layers[f"{size}x{size}_aux_norm"] = group_norm(c)
+        layers[f"{size}x{size}_aux_conv"] = Conv(c, img_channels, 3, 1e-5)
         self.dec = nn.ModuleDict(layers)
 
     def embed(self, c_noise, class_labels, augment_labels, batch):
         """-> (B, c_emb). None is zeros and not left out, so that every weight has a gradient under DDP."""
         emb = self.map_noise(c_noise).expand(batch, -1)
-        zeros = lambda layer: emb.new_zeros(batch, layer.in_features)
+        given = lambda labels, layer: emb.new_zeros(batch, layer.in_features) if labels is None else labels
         if self.map_label:
-            labels = zeros(self.map_label) if class_labels is None else class_labels
+            labels = given(class_labels, self.map_label)
             if self.training and self.label_dropout:
                 labels = labels * (torch.rand_like(labels[:, :1]) >= self.label_dropout)
             emb = emb + self.map_label(labels * labels.shape[1]**0.5)
         if self.map_augment:
-            emb = emb + self.map_augment(zeros(self.map_augment) if augment_labels is None else augment_labels)
+            emb = emb + self.map_augment(given(augment_labels, self.map_augment))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def encode(self, x, emb):
@@ -380,16 +384,24 @@ class SongUNet(nn.Module):
 
 
 def make_unet(**net_args):
-    """The denoiser of stage 2 from SongUNet's arguments, which may come from a file. ValueError for those that no
-    such network has, before anything is built."""
+    """The denoiser of stage 2 from SongUNet's arguments, which may come from a file. ValueError, before
+    anything is built, for those that no such network has."""
+    words = {"embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual")}
     defaults = {name: p.default for name, p in inspect.signature(SongUNet).parameters.items()}
+    defaults["img_resolution"] = 32
     for name, value in net_args.items():
         default, values = defaults.get(name), value if isinstance(value, (list, tuple)) else [value]
-        words, most = ("positional", "fourier", "standard", "residual"), 32 if name == "num_blocks" else 2048
-        fits = [n in words if isinstance(default, str) else isinstance(n, (int, float)) and 0 <= n <= most
+        kinds = (int, float) if isinstance(default, float) else int
+        most = {"num_blocks": 32, "dropout": 0.999, "label_dropout": 0.999}.get(name, 2048)
+        fits = [n in words[name] if name in words else isinstance(n, kinds) and 0 <= n <= most
                 for n in values]
-        require(name in defaults and (values is value) == isinstance(default, tuple) and len(values) <= 8
-                and all(fits), f"the argument {name} = {first_line(value)}")
+        require(default is not None and (values is value) == isinstance(default, tuple) and len(values) <= 8
+                and all(fits), f"the argument {str(name)[:20]} is not one of such a network")
+    args = defaults | net_args
+    levels, channels, taps = [args[name] for name in ("channel_mult", "model_channels", "resample_filter")]
+    require(levels and min(levels) > 0 and args["img_resolution"] % 2**(len(levels) - 1) == 0
+            and channels % 4 == 0 and channels > 0 and taps and len(taps) % 2 == 0 and sum(taps) > 0,
+            "sizes that do not fit together")
     net = EDMPrecond(SongUNet(**net_args))
     net.net_args, net.label_dim = net_args, net_args.get("label_dim", 0)
     net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)
@@ -472,8 +484,8 @@ def ema_update(ema, net, beta):
 
 
 def seed_step(seed, step, device="cpu"):
-    """The random numbers of a step depend on (seed, step) alone: a killed run continues bit for bit with nothing
-    to store. -> a Generator for what all ranks draw alike; torch's own, for dropout, is another on each rank."""
+    """The random numbers of a step depend on (seed, step) alone: a killed run continues bit for bit with
+    nothing to store. -> a Generator for what all ranks draw alike; torch's own is for each rank's dropout."""
     number = lambda *key: int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     torch.manual_seed(number(seed, step, world()[0] + 1))
     return torch.Generator(device).manual_seed(number(seed, step, 0))
@@ -498,7 +510,7 @@ def world():
 
 def mean_over_ranks(numbers):
     """A list of floats -> their means over all ranks."""
-    total = torch.tensor(numbers, device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    total = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total)
     return (total / world()[1]).tolist()
 
@@ -512,7 +524,7 @@ class Replicated(DistributedDataParallel):
 
 def replicate(net):
     """net as it is in a process on its own, else with its gradients averaged over the ranks."""
-    return Replicated(net) if dist.is_initialized() else net
+    return Replicated(net, broadcast_buffers=False) if dist.is_initialized() else net
 
 
 def my_share(draws, micro_batch):
@@ -522,20 +534,23 @@ def my_share(draws, micro_batch):
 
 
 def pick_device(name="auto"):
-    """"auto" is cuda, else mps, else cpu; under torchrun each rank has a GPU of its own, or the CPU, and joins
-    the others. UserError for a device that is not there."""
+    """"auto" is cuda, else mps, else cpu. Under torchrun each rank joins the others, on a GPU of its own, and
+    all but the first fall silent. UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ranked = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     try:
         require(name.split(":")[0] in ("cpu", "cuda", "mps"), "expected auto, cpu, cuda or mps")
-        device = torch.empty(0, device=f"cuda:{os.environ['LOCAL_RANK']}" if ranked and name == "cuda" else name).device
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if ranked and name == "cuda" else name
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(f"no device {name!r} here ({first_line(error)}): try --device cpu") from None
     if ranked and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
@@ -553,8 +568,8 @@ def matmul_peak(device, dtype, tries=5):
 
 def now(device):
     """Seconds, with nothing under way on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -566,7 +581,7 @@ def memory(device):
 
 
 class Speed:
-    """read(step) -> images, images/s since the last call, share of the ranks' matrix-multiply peak, memory."""
+    """read(step) -> images, and since the last call images/s and the share of the matrix-multiply peak."""
     def __init__(self, step, batch, flops, device, dtype):
         self.step, self.batch, self.flops, self.device = step, batch, flops, device
         self.peak, self.begun = matmul_peak(device, dtype) * world()[1], now(device)
@@ -593,11 +608,13 @@ def first_line(error):
 
 @contextmanager
 def blame(message, *kinds):
-    """An error of these kinds in the block is the user's to mend: UserError, its reason put into message's {}."""
+    """An error of these kinds (or any likely one) in the block is the user's to mend: UserError, with its
+    reason put into message's {}."""
+    likely = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
     try:
         yield
-    except kinds or (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(message.format(first_line(error))) from error
+    except kinds or likely as error:  # noqa: B030
+        raise UserError(message.replace("{}", first_line(error))) from error
 
 
 def one_line_errors(main):
@@ -605,18 +622,18 @@ def one_line_errors(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv)
+            main(argv)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return
         except (UserError, OSError, MemoryError) as error:
-            message, status = f"error: {first_line(error)}", 2
+            message, status = f"error: {error or type(error).__name__}", 2
         except RuntimeError as error:  # torch's way to say that memory is short
             if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
                 raise
-            message, status = f"error: not enough memory ({first_line(error)}): try a smaller --batch, --batch-gpu or --n", 2
+            message, status = f"error: {first_line(error)}: try a smaller --batch, --batch-gpu or --n", 2
         except KeyboardInterrupt as stop:
             message, status = f"stopped: {stop or 'the same command goes on from the last checkpoint'}", 130
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
         print(message, file=sys.stderr)
         sys.exit(status)
     return wrapped
@@ -644,7 +661,8 @@ def number(kind, low=0, strict=True):
             return value
         except ValueError:
             limit = "" if low == -math.inf else f" {'>' if strict else '>='} {low}"
-            raise argparse.ArgumentTypeError(f"expected a finite {kind.__name__}{limit}, got {text!r}") from None
+            expected = f"expected a finite {kind.__name__}{limit}, got {text[:40]!r}"
+            raise argparse.ArgumentTypeError(expected) from None
     return parse
 
 
@@ -658,7 +676,7 @@ def add_method_arguments(parser):
             ("--beta", float, "exp's factor (0.1)"), ("--delta", float, "huber's kink (1)"),
             ("--scale", float, "smoothl1's rounding (0.5)")):
         group.add_argument(flag, type=number(kind), help=meaning)
-    group.add_argument("--sid-alpha", type=number(float, -math.inf), help="SiD's alpha; its CIFAR-10 runs have 1.2")
+    group.add_argument("--sid-alpha", type=number(float, -math.inf), help="SiD's alpha; 1.2 on CIFAR-10")
 
 
 def add_run_arguments(parser, **defaults):
@@ -670,9 +688,11 @@ def add_run_arguments(parser, **defaults):
     group.add_argument("--anneal", choices=("none", "linear"), help="of the lr, to 0 at the last step")
     group.add_argument("--t-star", type=number(float), help="t* of (B.4) (Table 5: 2.5)")
     group.add_argument("--p-mean", type=number(float, -math.inf), help="mean of g's log t; (B.10): -3.5")
-    group.add_argument("--p-std", type=number(float), help="standard deviation of g's log t; (B.10): 2.5")
+    group.add_argument("--p-std", type=number(float), help="std of g's log t; (B.10): 2.5")
+    group.add_argument("--psi-mean", type=number(float, -math.inf), help="mean of d_psi's log t; (B.6): -1.2")
+    group.add_argument("--psi-std", type=number(float), help="std of d_psi's log t; (B.6): 1.2")
     group.add_argument("--psi-updates", type=number(int), help="per update of g; Listing 1 has 2")
-    group.add_argument("--ema-half-life", type=number(float), help="of g's average, in samples (SiD's code: 5e5)")
+    group.add_argument("--ema-half-life", type=number(float), help="of g's average, in samples (SiD: 5e5)")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, strict=False), default=0, help="of everything random")
     group.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
@@ -728,7 +748,7 @@ def load(path, keys):
     expected = f"expected a file of this project with {', '.join(keys)}"
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: {expected}")
-    damage = (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, AttributeError)
+    damage = EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError, pickle.PickleError
     with blame(f"{path} is cut short, damaged or of another format: {expected}", *damage):
         value = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(value, dict) or any(key not in value for key in keys):
@@ -737,13 +757,12 @@ def load(path, keys):
 
 
 def save_state(path, **parts):
-    """Everything to resume from: the state_dict() of each part. UserError, the old file kept, if a weight is not
-    finite."""
-    state = {name: part.state_dict() for name, part in parts.items()}
+    """Everything to resume from: the state_dict() of each part. UserError, the old file kept, if a weight is
+    not finite."""
     for name, part in parts.items():
         if isinstance(part, nn.Module) and not all(w.isfinite().all() for w in part.parameters()):
-            raise UserError(f"{name} has weights that are not finite; the last good checkpoint stays in {path}")
-    save(state, path)
+            raise UserError(f"{name} has weights that are not finite; the last good checkpoint stays: {path}")
+    save({name: part.state_dict() for name, part in parts.items()}, path)
 
 
 def load_state(path, **parts):
@@ -752,6 +771,18 @@ def load_state(path, **parts):
     with blame(f"{path} is not of this run ({{}}): start anew with --fresh"):
         for name, part in parts.items():
             part.load_state_dict(state[name])
+
+
+def resume(folder, parts):
+    """Set the parts of a run to its checkpoint; where there is none yet, the log starts anew."""
+    if (folder / "ckpt.pt").exists():
+        load_state(folder / "ckpt.pt", **parts)
+    elif world()[0] == 0:
+        (folder / "log.jsonl").unlink(missing_ok=True)
+    if dist.is_initialized():
+        steps = mean_over_ranks([float(parts["log"].step)])[0]
+        if steps != parts["log"].step:
+            raise UserError(f"not all ranks see {folder}: expected a file system that they share")
 
 
 def save_generator(path, net, net_args, t_star, **meta):
@@ -765,7 +796,9 @@ def load_generator(path, build):
     path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
     saved = load(path, ("net_args", "state_dict", "t_star", "meta"))
     with blame(f"{path} is no generator of this stage ({{}})"):
-        return adopt(build, saved["net_args"], saved["state_dict"]), float(saved["t_star"]), dict(saved["meta"])
+        t_star, meta = float(saved["t_star"]), dict(saved["meta"])
+        require(0 < t_star < math.inf, f"t_star is {t_star}")
+        return adopt(build, saved["net_args"], saved["state_dict"]), t_star, meta
 
 
 def adopt(build, net_args, state_dict):
@@ -775,7 +808,7 @@ def adopt(build, net_args, state_dict):
         net = build(**net_args)
     shapes = lambda arrays: {(name, tuple(array.shape)) for name, array in arrays.items()}
     differ = sorted(shapes(net.state_dict()) ^ shapes(state_dict))
-    require(not differ, f"{len(differ)} tensors are missing, superfluous or of another shape, as {differ[:1]}")
+    require(not differ, f"tensors missing, superfluous or of another shape, as {differ[:1]}")
     arrays = {name: torch.asarray(w, dtype=torch.float32, copy=True) for name, w in state_dict.items()}
     require(all(w.isfinite().all() for w in arrays.values()), "weights that are not finite")
     net.load_state_dict(arrays, assign=True)
@@ -783,18 +816,27 @@ def adopt(build, net_args, state_dict):
 
 
 # ---- A run's folder and its log ----
+def lock(folder):
+    """Keep other processes out of a run's folder until this one ends. UserError if one is in it."""
+    with blame(f"{folder} is in use by another process: wait for it, or name another --out", OSError):
+        fcntl.lockf(os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def open_run(args, ignore):
-    """Make or continue the folder args.out, for this process alone; args.json keeps the arguments, but for those
-    to ignore. -> Path
+    """Make or continue the folder args.out, for this process alone; args.json keeps the arguments, but for
+    those to ignore. -> Path
 
     UserError, with nothing touched, if the folder holds another run (it names what differs) or no run."""
     folder, known = Path(args.out).resolve(), Path(args.out) / "args.json"
     if world()[0] > 0:
-        return Path(args.out)
+        dist.barrier()  # the first rank makes it
+        return folder
     now = {name: value for name, value in vars(args).items() if name not in ignore}
     if folder.exists() and not known.exists() and not (
             folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         raise UserError(f"--out {args.out} exists and is no run's folder: name another")
+    if known.exists():
+        lock(folder)
     if args.fresh and known.exists():
         names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10**6))
         print(f"moved the older run to {folder.rename(next(name for name in names if not name.exists()))}")
@@ -807,20 +849,16 @@ def open_run(args, ignore):
             raise UserError(f"{args.out} holds another run ({'; '.join(differs)}): "
                             "name another --out, or start anew with --fresh")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    with blame(f"{args.out} is in use by another process: wait for it, or name another --out", OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    LOCKS.append(lock)  # held until the process ends
+    lock(folder)
     save(now, known)
+    if dist.is_initialized():
+        dist.barrier()
     return Path(args.out)
 
 
-LOCKS = []
-
-
 class Stop:
-    """SIGINT and SIGTERM, asked for after each step: the first asks the run to save and stop, a second kills it.
-    All ranks hear of it after the same step."""
+    """SIGINT and SIGTERM, asked for after each step: the first asks the run to save and stop, a second kills
+    it. All ranks hear of it after the same step."""
     def __init__(self):
         self.signal = 0
         for kind in (signal.SIGINT, signal.SIGTERM):
@@ -832,10 +870,8 @@ class Stop:
 
     def asked(self):
         if dist.is_initialized():
-            where = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-            dist.all_reduce(kind := torch.tensor(self.signal, device=where), dist.ReduceOp.MAX)
-            self.signal = int(kind)
-        return self.signal
+            self.signal = sum(mean_over_ranks([float(self.signal)]))
+        return self.signal > 0
 
 
 def save_if_due(args, folder, parts, stop, keep=lambda name: None):
@@ -886,7 +922,7 @@ class Log:
         means = torch.stack([value.detach().float().mean() for value in values.values()]).tolist()
         for name, mean in zip(values, means):
             if not math.isfinite(mean):
-                advice = "with a smaller --lr" if self.step else "with other settings: it was so from the start"
+                advice = "with a smaller --lr" if self.step else "with other settings"
                 raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is step "
                                 f"{self.saved} in {self.path.parent}. Try --fresh {advice}")
             self.sums[name] = self.sums.get(name, 0.0) + mean
@@ -906,9 +942,10 @@ class Log:
         text = "  ".join(f"{name} {value:.4g}" for name, value in (means | values).items())
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable:
-            done, all_seconds = self.step - self.first, self.elapsed()
-            eta = f", {(time.time() - self.begun) / done * (self.steps - self.step):.0f} s to go" if done else ""
-            print(f"step {self.step}/{self.steps}  {text}  {all_seconds:.0f} s{eta}", flush=True)
+            done = self.step - self.first
+            eta = (time.time() - self.begun) / max(done, 1) * (self.steps - self.step)
+            to_go = f", {eta:.0f} s to go" if done else ""
+            print(f"step {self.step}/{self.steps}  {text}  {self.elapsed():.0f} s{to_go}", flush=True)
 
     def advance(self):
         """The step is done."""

@@ -390,7 +390,7 @@ def main(argv=None):
     args.out = args.out or f"runs/toy_2d-{args.method}-{args.distance}-{args.seed}"
     ignore = ("out", "fresh", "device", "save_every", "part", "thorough", "sample", "n")
     folder = open_run(args, ignore)
-    if args.part != "distil" and not (folder / "theorem.json").exists():
+    if args.part == "theorem" or args.part == "both" and not (folder / "theorem.json").exists():
         save(theorem(args.thorough), folder / "theorem.json")
     if args.part != "theorem":
         distil(args, folder, make_mixture(args.mixture, device))

@@ -247,32 +247,32 @@ class Waves(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A convolution, x (B, C, H, W), after which or before which the resolution is halved ("down") or doubled
-    ("up") with the separable filter `taps`."""
-    def __init__(self, c_in, c_out, kernel, gain=1.0, resample=None, taps=(1, 1), convolve_first=False):
+    """A convolution of x (B, C, H, W) that may halve ("down") or double ("up") the resolution with the
+    separable filter `taps`: before it or, fused, in one with it, so that nothing is padded between."""
+    def __init__(self, c_in, c_out, kernel, gain=1.0, resample=None, taps=(1, 1), fused=False):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         nn.init.xavier_uniform_(self.weight, gain)
         nn.init.zeros_(self.bias)
-        self.resample, self.convolve_first = resample, convolve_first
+        self.resample, self.fused = resample, fused
         if resample:
             taps = torch.tensor(taps, dtype=torch.float32)
             self.register_buffer("resample_filter", (torch.outer(taps, taps) / taps.sum()**2)[None, None])
 
-    def change_resolution(self, x):
+    def change_resolution(self, x, padded=True):
         k, c = self.resample_filter.shape[-1], x.shape[1]
         if k == 2:  # a box: the same, several times faster
             return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
-        taps = self.resample_filter.expand(c, 1, k, k)
-        where = {"stride": 2, "padding": k // 2 - 1, "groups": c}
-        return (F.conv2d(x, taps, **where) if self.resample == "down" else
-                F.conv_transpose2d(x, 4 * taps, **where))
+        taps, options = self.resample_filter.expand(c, 1, k, k), {"stride": 2, "groups": c}
+        if self.resample == "up":
+            return F.conv_transpose2d(x, 4 * taps, padding=k // 2 - 1, **options)
+        return F.conv2d(x, taps, padding=k // 2 - 1 if padded else 0, **options)
 
     def forward(self, x):
-        if not self.resample:
-            return super().forward(x)
-        if self.convolve_first:
-            return self.change_resolution(super().forward(x))
-        return super().forward(self.change_resolution(x))
+        if self.fused:
+            wide = self.padding[0] + self.resample_filter.shape[-1] // 2 - 1
+            x = self.change_resolution(F.conv2d(x, self.weight, padding=wide), padded=False)
+            return x + self.bias[:, None, None]
+        return super().forward(self.change_resolution(x) if self.resample else x)
 
 
 def group_norm(channels):
@@ -331,7 +331,7 @@ class SongUNet(nn.Module):
                 layers[f"{size}x{size}_down"] = block(c, c, resample="down")
                 skips.append(c)
                 if encoder_type == "residual":
-                    aux, c_aux = Conv(c_aux, c, 3, 1, "down", resample_filter, convolve_first=True), c
+                    aux, c_aux = Conv(c_aux, c, 3, 1, "down", resample_filter, fused=True), c
                     layers[f"{size}x{size}_aux_residual"] = aux
             for i in range(num_blocks):
                 layers[f"{size}x{size}_block{i}"] = block(c, c_out, attention=size in attn_resolutions)
@@ -936,14 +936,14 @@ class Log:
         self.sums, self.counts = {}, {}
         if world()[0] > 0:
             return
-        line = {"step": self.step, **means, **values, "seconds": round(self.elapsed(), 2)}
+        done = self.step - self.first
+        eta = (time.time() - self.begun) / max(done, 1) * (self.steps - self.step)
+        line = {"step": self.step, **means, **values, "seconds": round(self.elapsed(), 2), "eta": round(eta)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         text = "  ".join(f"{name} {value:.4g}" for name, value in (means | values).items())
         self.bar.set_postfix_str(text, refresh=False)
         if self.bar.disable:
-            done = self.step - self.first
-            eta = (time.time() - self.begun) / max(done, 1) * (self.steps - self.step)
             to_go = f", {eta:.0f} s to go" if done else ""
             print(f"step {self.step}/{self.steps}  {text}  {self.elapsed():.0f} s{to_go}", flush=True)
 

@@ -1,5 +1,6 @@
 """01_toy_2d.py: the theorem, the exact denoiser, and runs as a user types them."""
 
+import copy
 import importlib
 import json
 import math
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import DISTANCES
+from common import DISTANCES, seed_step
 
 toy = importlib.import_module("01_toy_2d")
 ROOT = Path(__file__).parent.parent
@@ -166,7 +167,7 @@ def same_run(a, b):
     torch.testing.assert_close(a_state, b_state, rtol=0, atol=0)
     logs = [
         [
-            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "eta")}
             for line in (folder / "log.jsonl").read_text().splitlines()
         ]
         for folder in (a, b)
@@ -191,15 +192,87 @@ def test_resume_after_kill_9(finished, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_train_is_algorithm_2(tmp_path):
+    """Two updates of each network by hand; the teacher stays as it is."""
+    args = toy.parse([*SHORT, "--steps", "2", "--psi-updates", "2", "--anneal", "none", "--distance", "l2"])
+    (tmp_path / "samples").mkdir()
+    mixture = toy.make_mixture("ring")
+    parts = toy.prepare(args, tmp_path, mixture)
+    d_psi, g, g_ema, d_q = [copy.deepcopy(parts[name]) for name in ("d_psi", "g", "g_ema", "d_q")]
+    toy.train(args, parts["d_q"], parts, lambda: None)
+    opt_psi, opt_g = [torch.optim.Adam(net.parameters(), 2e-3, (0.0, 0.999)) for net in (d_psi, g)]
+    for step in range(2):
+        random = seed_step(0, step)
+        for phase in ("psi", "psi", "theta"):
+            z, eps = torch.randn(64, 2, generator=random), torch.randn(64, 2, generator=random)
+            mean, std = (-1.5, 1.5) if phase == "theta" else (-1.2, 1.2)
+            t = (mean + std * torch.randn(64, 1, generator=random)).exp()
+            x_0 = g(2.5 * z, 2.5)
+            if phase == "psi":
+                x_0 = x_0.detach()
+                loss = (t**2 + 0.25) / (t * 0.5) ** 2 * (d_psi(x_0 + t * eps, t) - x_0) ** 2
+            else:
+                f = d_psi(x_0 + t * eps, t)
+                loss = -2 * (f - d_q(x_0 + t * eps, t)) * (f - x_0)
+            optimiser = opt_psi if phase == "psi" else opt_g
+            optimiser.zero_grad()
+            (loss.sum() / 64).backward()
+            optimiser.step()
+        beta = 0.5 ** (64 / max(min(7e4, 0.05 * 64 * step), 1e-8))
+        for a, b in zip(g_ema.parameters(), g.parameters()):
+            a.data = beta * a.data + (1 - beta) * b.data
+    for name, net in (("d_psi", d_psi), ("g", g), ("g_ema", g_ema), ("d_q", d_q)):
+        for a, b in zip(parts[name].parameters(), net.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_theorem_rows(monkeypatch, capsys):
+    """All forms and controls are in the table, and a score's scale goes with it."""
+    monkeypatch.setattr(toy, "theorem_error", lambda *args: 0.0)
+    rows = toy.theorem()
+    assert {(row["process"], row["space"]) for row in rows} == {
+        ("VE", "denoiser"),
+        ("VE", "score"),
+        ("VP", "score"),
+    }
+    assert {row["variant"] for row in rows} == {"theorem", *toy.WRONG} and {row["t"] for row in rows} == {
+        0.5,
+        1.0,
+        2.5,
+    }
+    assert {row["distance"] for row in rows} == set(DISTANCES)
+    (row,) = [
+        r
+        for r in rows
+        if (r["distance"], r["dim"], r["space"], r["process"], r["t"]) == ("phuber", 2, "score", "VP", 2.5)
+    ]
+    a, s = (1 + 2.5**2) ** -0.5, 2.5 * (1 + 2.5**2) ** -0.5
+    assert row["params"]["c"] == pytest.approx(0.5 * a / s**2)
+
+
+def test_a_lost_generator_is_written_again(finished, tmp_path):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", finished[0], folder], check=True)
+    (folder / "g_ema.pt").unlink()
+    assert script(*SHORT, "--out", folder).returncode == 0
+    a, b = [
+        torch.load(place / "g_ema.pt", weights_only=True)["state_dict"] for place in (folder, finished[0])
+    ]
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_other_arguments_in_a_run_folder(finished, tmp_path):
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", finished[0], folder], check=True)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    read = lambda: {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    before = read()
     refused = script(*SHORT, "--lr", "0.001", "--out", folder)
     assert (
         refused.returncode == 2 and refused.stderr.count("\n") == 1 and "lr is 0.002 there" in refused.stderr
     )
-    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert before == read()
     again = script(*SHORT, "--lr", "0.001", "--out", folder, "--fresh")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run.old-1" / "ckpt.pt").read_bytes() == before[folder / "ckpt.pt"]
@@ -251,6 +324,10 @@ def test_methods_mixtures_and_teachers(options, tmp_path, capsys):
         ["--sample", "README.md"],
         ["--sample", "tests"],
         ["--n", "0"],
+        ["--p-mean", "nan"],
+        ["--sid-alpha", "inf"],
+        ["--seed", str(10**30)],
+        ["--device", "meta"],
     ],
 )
 def test_mistakes(options, tmp_path, monkeypatch, capsys):

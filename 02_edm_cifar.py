@@ -1,7 +1,7 @@
 """Stage 2: an EDM diffusion model of images, 35 evaluations a sample, becomes a one-step generator.
 
     python 02_edm_cifar.py --distance phuber                        six minutes on two cores: shapes
-    python 02_edm_cifar.py --teacher uncond --batch-gpu 64          CIFAR-10 with the settings of Table 5
+    python 02_edm_cifar.py --teacher uncond --batch-gpu 32          CIFAR-10 with the settings of Table 5
     torchrun --standalone --nproc_per_node=8 02_edm_cifar.py --teacher uncond
     python 02_edm_cifar.py --sample runs/shapes-sim-phuber-0 --n 64 --teacher-sample --out grid.png
     python 02_edm_cifar.py --bench --teacher uncond --batch 256 --batch-gpu 32
@@ -216,11 +216,14 @@ def download(url, path):
         require(file.tell() == (size or file.tell()), f"it ended after {file.tell()} of {size} bytes")
 
 
-def load_denoiser(path, build=make_unet):
-    """A run's folder, a .pt of ours or a .pkl of NVIDIA's -> (net, t_star, meta)."""
+def load_denoiser(path, own=""):
+    """A run's folder, a .pt of ours (of a network of the user's own, if named) or a .pkl of NVIDIA's.
+    -> (net, t_star, meta)"""
     if str(path).endswith(".pkl") and not Path(path).is_dir():
         return load_edm_pickle(path), PAPER["t_star"], {"source": Path(path).name}  # t*: SiD's generators'
-    return load_generator(path, build)
+    if own:
+        return load_generator(path, lambda **_: import_teacher(own), where="cpu")
+    return load_generator(path, make_unet)
 
 
 def import_teacher(name):
@@ -228,10 +231,10 @@ def import_teacher(name):
     module, _, function = name.partition(":")
     with blame(f"--teacher {name}: {{}}", ImportError, AttributeError, ValueError, TypeError):
         net = getattr(importlib.import_module(module), function)()
-    missing = [key for key in ("image_shape", "label_dim") if not hasattr(net, key)]
-    if not isinstance(net, torch.nn.Module) or missing:
-        raise UserError(f"--teacher {name} returned {type(net).__name__}: expected a torch module called as "
-                        "net(x, t) or net(x, t, class_labels=...), with image_shape (C, H, W) and label_dim")
+    whole = isinstance(net, torch.nn.Module) and hasattr(net, "image_shape") and hasattr(net, "label_dim")
+    if not whole or {w.dtype for w in net.parameters()} != {torch.float32}:
+        raise UserError(f"--teacher {name} returned {type(net).__name__}: expected a torch module with "
+                        "float32 weights, image_shape (C, H, W) and label_dim, called as net(x, t)")
     return net.eval().requires_grad_(False)
 
 
@@ -260,7 +263,7 @@ def choose_teacher(device):
         return "uncond"
     except UserError as error:
         print(f"teacher: the embedded one, a model of 16x16 shapes\nwhy: {error}\n"
-              "for CIFAR-10: python 02_edm_cifar.py --teacher uncond (223 MB to download, days on a GPU)")
+              "for CIFAR-10: python 02_edm_cifar.py --teacher uncond (223 MB to download, weeks on a GPU)")
         return "shapes"
 
 
@@ -271,6 +274,9 @@ def load_teacher(args):
     path = fetch(args.teacher) if args.teacher in CIFAR else args.teacher
     path = Path(EMBEDDED if args.teacher == "shapes" else path)
     path = path / "g_ema.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"--teacher {args.teacher}: no such file, and none of {', '.join(CIFAR)}, shapes, "
+                        "auto or package.module:function")
     net, _, meta = load_denoiser(path)
     args.teacher_sha256 = sha256(path)
     weights = sum(w.numel() for w in net.parameters())
@@ -334,7 +340,7 @@ def given_labels(net, labels, amp="none"):
 
     def denoiser(x_t, t):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
-            return net(x_t, t, **cond)
+            return net(x_t, t.expand(len(x_t), 1, 1, 1), **cond)
     return denoiser
 
 
@@ -443,7 +449,8 @@ def forward_flops(net):
 
 def picture(columns, rows=10, zoom=3):
     """Sets of images (N, C, H, W), N = rows x some, beside each other. -> a Pillow image"""
-    blocks = [image_grid(to_uint8(x), len(x) // rows) for x in columns]
+    rgb = [x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3] for x in columns]
+    blocks = [image_grid(to_uint8(x), len(x) // rows) for x in rgb]
     wide = Image.new("RGB", (sum(b.width + 4 for b in blocks) - 4, blocks[0].height), "white")
     for i, b in enumerate(blocks):
         wide.paste(b, (i * (b.width + 4), 0))
@@ -509,14 +516,14 @@ def summarise(args, folder, d_q, teacher_meta, g, log, shown):
               f"{metrics['fd'] / metrics['fd_teacher']:.2f} times the teacher's")
     save(metrics, folder / "metrics.json")
     print(f"{log.elapsed():.0f} s; pictures: {folder}/samples.png (teacher | one step), curve.png, samples/")
-    print(f"next: python 02_edm_cifar.py --sample {folder} --n 64 --teacher-sample --out grid.png")
+    own = f" --teacher {args.teacher}" if ":" in args.teacher else ""
+    print(f"next: python 02_edm_cifar.py --sample {folder}{own} --n 64 --teacher-sample --out grid.png")
 
 
 # ---- Without training ----
 def sample(args, device):
     """--sample: image k from seed + k, to a grid (.png), an array (.npz) or a folder of PNGs."""
-    build = (lambda **_: import_teacher(args.teacher)) if ":" in args.teacher else make_unet
-    g, t_star, meta = load_denoiser(args.sample, build)
+    g, t_star, meta = load_denoiser(args.sample, args.teacher if ":" in args.teacher else "")
     g, t_star, columns = g.to(device), args.t_star or t_star, {}
     if args.classes and not (g.label_dim and max(args.classes) < g.label_dim):
         raise UserError(f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
@@ -667,7 +674,8 @@ def main(argv=None):
         args.steps = args.steps or 3
         return settle(args) or bench(args, d_q)
     settle(args)
-    args.out = args.out or f"runs/{Path(args.teacher).stem}-{args.method}-{args.distance}-{args.seed}"
+    name = args.teacher.replace(":", ".") if ":" in args.teacher else Path(args.teacher).stem
+    args.out = args.out or f"runs/{name}-{args.method}-{args.distance}-{args.seed}"
     distil(args, open_run(args, IGNORE), d_q, meta)
 
 

@@ -524,7 +524,7 @@ class Replicated(DistributedDataParallel):
 
 def replicate(net):
     """net as it is in a process on its own, else with its gradients averaged over the ranks."""
-    return Replicated(net, broadcast_buffers=False) if dist.is_initialized() else net
+    return Replicated(net) if dist.is_initialized() else net
 
 
 def my_share(draws, micro_batch):
@@ -790,21 +790,21 @@ def save_generator(path, net, net_args, t_star, **meta):
     save({"net_args": net_args, "state_dict": net.state_dict(), "t_star": t_star, "meta": meta}, path)
 
 
-def load_generator(path, build):
+def load_generator(path, build, where="meta"):
     """A run's folder, or its g_ema.pt {net_args, state_dict, t_star, meta} -> (g in eval mode, t_star, meta).
-    build(**net_args) makes the network. UserError if the file is not one of build's."""
+    build(**net_args) makes the network, at first `where`. UserError if the file is not one of build's."""
     path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
     saved = load(path, ("net_args", "state_dict", "t_star", "meta"))
     with blame(f"{path} is no generator of this stage ({{}})"):
         t_star, meta = float(saved["t_star"]), dict(saved["meta"])
         require(0 < t_star < math.inf, f"t_star is {t_star}")
-        return adopt(build, saved["net_args"], saved["state_dict"]), t_star, meta
+        return adopt(build, saved["net_args"], saved["state_dict"], where), t_star, meta
 
 
-def adopt(build, net_args, state_dict):
+def adopt(build, net_args, state_dict, where="meta"):
     """build(**net_args) with these arrays as its weights, in float32, frozen, in eval mode. ValueError, with
-    nothing large allocated, unless all names and shapes fit; or if a weight is not finite."""
-    with torch.device("meta"):
+    nothing large allocated on meta, unless all names and shapes fit; or if a weight is not finite."""
+    with torch.device(where):
         net = build(**net_args)
     shapes = lambda arrays: {(name, tuple(array.shape)) for name, array in arrays.items()}
     differ = sorted(shapes(net.state_dict()) ^ shapes(state_dict))

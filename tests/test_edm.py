@@ -539,9 +539,13 @@ class Foreign(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.dropout = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Dropout(0.1)
+        self.register_buffer("table", torch.linspace(0, 1, 5), persistent=False)
+        assert self.table[-1].item() == 1
 
     def forward(self, x, t):
-        return (x + t * self.dropout(self.conv(x))) / (1 + t.square())
+        return (x + t.reshape(len(x), 1, 1, 1) * self.dropout(self.conv(x))) / (
+            1 + t.square() + 0 * self.table[0]
+        )
 
 
 def test_a_teacher_of_the_users_own(tmp_path):

@@ -329,7 +329,7 @@ def distil(args, folder, mixture):
             look(args, folder, mixture, g, log)
         save_if_due(args, folder, parts, stop, keep)
 
-    if log.step == 0:
+    if log.new:
         report()
     train(args, d_q, parts, report)
     keep("g_ema.pt")  # again, should it have been lost

@@ -490,7 +490,7 @@ def distil(args, folder, d_q, teacher_meta):
             speed.restart()
         save_if_due(args, folder, parts, stop, keep)
 
-    if log.step == 0:
+    if log.new:
         report()
     train(args, d_q, parts, report)
     if world()[0] == 0:

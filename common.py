@@ -889,7 +889,7 @@ class Log:
     lines). Its state is part of the checkpoint, so that the log of a resumed run has no seam."""
     def __init__(self, path, steps):
         self.path, self.steps, self.step, self.saved, self.first = Path(path), steps, 0, 0, 0
-        self.sums, self.counts, self.seconds, self.begun = {}, {}, 0.0, time.time()
+        self.sums, self.counts, self.seconds, self.begun, self.new = {}, {}, 0.0, time.time(), True
         self.bar = tqdm(total=steps, disable=None if world()[0] == 0 else True)  # None: silent off a terminal
 
     def elapsed(self):
@@ -909,6 +909,7 @@ class Log:
     def load_state_dict(self, state):
         """Go on after the state's step; lines that a killed run wrote past it are dropped."""
         self.step, self.sums, self.counts = state["step"], dict(state["sums"]), dict(state["counts"])
+        self.new = False
         require(0 <= self.step <= self.steps, f"step {self.step} of {self.steps}")
         self.saved = self.first = self.bar.initial = self.bar.n = self.step
         self.seconds, self.begun = state["seconds"], time.time()

@@ -334,15 +334,29 @@ def test_frechet_distance_of_gaussians():
 
 
 # ---- Algorithm 2 ----
+def tiny_teacher(tmp_path):
+    """-> the path of a small teacher, random but always the same"""
+    torch.manual_seed(0)
+    net = make_unet(**TINY)
+    torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight, std=0.1)
+    common.save_generator(tmp_path / "tiny.pt", net, TINY, 2.5)
+    return str(tmp_path / "tiny.pt")
+
+
 def small_run(tmp_path, monkeypatch, name, *options):
     """A run from a tiny teacher, as typed. -> its folder"""
-    torch.manual_seed(0)
-    teacher = tmp_path / "tiny.pt"
-    if not teacher.exists():
-        net = make_unet(**TINY)
-        torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight, std=0.1)
-        common.save_generator(teacher, net, TINY, 2.5)
-    edm.main(["--teacher", str(teacher), *SHORT, "--dropout", "0", "--out", str(tmp_path / name), *options])
+    edm.main(
+        [
+            "--teacher",
+            tiny_teacher(tmp_path),
+            *SHORT,
+            "--dropout",
+            "0",
+            "--out",
+            str(tmp_path / name),
+            *options,
+        ]
+    )
     return tmp_path / name
 
 
@@ -635,7 +649,16 @@ def test_train_teacher_resumes(tmp_path, monkeypatch):
 
 
 def test_two_processes_in_a_folder(tmp_path, monkeypatch):
-    run = [sys.executable, "02_edm_cifar.py", "--teacher", "shapes", *SHORT, "--steps", "100000", "--out"]
+    run = [
+        sys.executable,
+        "02_edm_cifar.py",
+        "--teacher",
+        tiny_teacher(tmp_path),
+        *SHORT,
+        "--steps",
+        "100000",
+        "--out",
+    ]
     first = subprocess.Popen([*run, tmp_path / "run"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "ckpt.pt").exists():
         first.stdout.readline()
@@ -644,7 +667,7 @@ def test_two_processes_in_a_folder(tmp_path, monkeypatch):
         assert second.returncode == 2 and "in use by another process" in second.stderr
     first.kill()
     first.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tiny.pt"]
 
 
 @pytest.mark.parametrize(

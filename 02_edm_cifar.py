@@ -322,7 +322,7 @@ def measure_teacher(args, net):
     """What a run compares with: features of true shapes, and the distances of others and of the teacher's."""
     device, shapes = next(net.parameters()).device, lambda n, key: draw_shapes(n, [key, args.seed])[0]
     meta = {"data": "shapes", "steps": args.steps, "batch": args.batch, "seed": args.seed}
-    meta["mu"], meta["sigma"] = moments(teacher_features(net, shapes(20_000, 1).to(device)).cpu())
+    meta["mu"], meta["sigma"] = moments(teacher_features(net, shapes(10 * FD_IMAGES, 1).to(device)).cpu())
     z, labels = draw_latents(range(FD_IMAGES), net.image_shape, net.label_dim)
     meta["fd_teacher"] = shapes_fd(net, sample_teacher(net, z.to(device), labels.to(device)), meta)
     meta["fd_real"] = shapes_fd(net, shapes(FD_IMAGES, 2).to(device), meta)

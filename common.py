@@ -836,7 +836,7 @@ def open_run(args, ignore):
             folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         raise UserError(f"--out {args.out} exists and is no run's folder: name another")
     if known.exists():
-        lock(folder)
+        lock(folder)  # before it is moved from under a run
     if args.fresh and known.exists():
         names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10**6))
         print(f"moved the older run to {folder.rename(next(name for name in names if not name.exists()))}")
@@ -870,7 +870,7 @@ class Stop:
 
     def asked(self):
         if dist.is_initialized():
-            self.signal = sum(mean_over_ranks([float(self.signal)]))
+            self.signal = mean_over_ranks([float(self.signal)])[0]  # above 0 if any rank has one
         return self.signal > 0
 
 

@@ -11,34 +11,29 @@ Expect shapes of the right class on varied backgrounds, and about the teacher's 
 """
 import argparse
 import copy
-import hashlib
 import importlib
 import io
 import math
 import pickletools
 import tempfile
-import urllib.request
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from common import (SHAPES, Block, Log, Parser, Speed, Stop, UserError, accumulate, add_method_arguments,
                     add_run_arguments, adopt, annealed, atomic, batch_sum, blame, draw_latents, draw_shapes,
-                    dsm_loss, edm_sampler, ema_beta, ema_update, image_grid, lambda_edm, load_generator,
-                    make_distance, make_generator_loss, make_unet, matmul_peak, memory, my_share,
-                    now, number, one_line_errors, open_run, p_edm, p_karras, pick_device, plot_log, replicate,
-                    require, resume, save, save_generator, save_if_due, save_picture, seed_step, to_uint8,
-                    train_only, world)
+                    dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid, lambda_edm,
+                    load_generator, make_distance, make_generator_loss, make_unet, matmul_peak, memory,
+                    my_share, now, number, one_line_errors, open_run, p_edm, p_karras, pick_device, plot_log,
+                    replicate, require, resume, save, save_generator, save_if_due, save_picture, seed_step,
+                    sha256, to_uint8, train_only, world)
 from eval_fid import frechet_distance, moments, teacher_features
 
 # ---- Settings ----
@@ -62,7 +57,7 @@ VP = {"img_resolution": 32, "augment_dim": 9, "dropout": 0.13}
 VE = VP | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual",
            "resample_filter": [1, 3, 3, 1]}
 CIFAR = {"uncond": VP, "cond": VP | {"label_dim": 10}, "uncond-ve": VE, "cond-ve": VE | {"label_dim": 10}}
-URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}.pkl"
+URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}{}.pkl"
 EMBEDDED = Path(__file__).parent / "assets" / "shapes_teacher.pt"
 
 
@@ -197,25 +192,6 @@ def load_edm_pickle(path):
 
 
 # ---- Teachers ----
-def sha256(path):
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url, path):
-    """url to path, with a progress bar; path appears when it is complete. UserError without a network."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    advice = "connect to the network, or save it by other means as"
-    with (blame(f"could not download {url} ({{}}): {advice} {path}", OSError, ValueError, HTTPException),
-          urllib.request.urlopen(url, timeout=20) as source, atomic(path) as temporary,
-          temporary.open("wb") as file):
-        size = int(source.headers.get("Content-Length", 0))
-        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-            while block := source.read(2**20):
-                bar.update(file.write(block))
-        require(file.tell() == (size or file.tell()), f"it ended after {file.tell()} of {size} bytes")
-
-
 def load_denoiser(path, own=""):
     """A run's folder, a .pt of ours (of a network of the user's own, if named) or a .pkl of NVIDIA's.
     -> (net, t_star, meta)"""
@@ -238,20 +214,8 @@ def import_teacher(name):
     return net.eval().requires_grad_(False)
 
 
-def fetch(name):
-    """The path of one of the four published checkpoints, downloaded by the first rank if it is not there."""
-    url = URL.format(name if "-" in name else f"{name}-vp")
-    path, error = Path("checkpoints") / url.rpartition("/")[2], None
-    if world()[0] == 0 and not path.exists():
-        try:
-            download(url, path)
-        except UserError as failed:
-            error = failed
-    if dist.is_initialized():
-        dist.barrier()
-    if not path.exists():
-        raise error or UserError(f"{path} is not there: the first rank could not download it")
-    return path
+def published(name):
+    return URL.format(name, "" if "-" in name else "-vp")
 
 
 def choose_teacher(device):
@@ -259,7 +223,7 @@ def choose_teacher(device):
     try:
         if device.type != "cuda":
             raise UserError("there is no GPU here")
-        fetch("uncond")
+        fetch(published("uncond"))
         return "uncond"
     except UserError as error:
         print(f"teacher: the embedded one, a model of 16x16 shapes\nwhy: {error}\n"
@@ -271,7 +235,7 @@ def load_teacher(args):
     """args.teacher as a frozen network -> (net, meta). It never falls back. UserError if it cannot be had."""
     if ":" in args.teacher:
         return import_teacher(args.teacher), {}
-    path = fetch(args.teacher) if args.teacher in CIFAR else args.teacher
+    path = fetch(published(args.teacher)) if args.teacher in CIFAR else args.teacher
     path = Path(EMBEDDED if args.teacher == "shapes" else path)
     path = path / "g_ema.pt" if path.is_dir() else path
     if not path.exists():
@@ -352,10 +316,10 @@ def sample_one_step(g, t_star, z, labels, batch=500):
     return torch.cat([given_labels(g, c)(t * z, t) for z, c in pairs])
 
 
-def sample_teacher(net, z, labels, batch=500):
-    """The same by 18 steps of Heun's method, 35 evaluations of the teacher."""
+def sample_teacher(net, z, labels, num_steps=18, batch=500):
+    """The same by Heun's method: 2 num_steps - 1 evaluations of the teacher, 35 unless told otherwise."""
     pairs = zip(z.split(batch), labels.split(batch))
-    return torch.cat([edm_sampler(given_labels(net, c), z) for z, c in pairs])
+    return torch.cat([edm_sampler(given_labels(net, c), z, num_steps) for z, c in pairs])
 
 
 def shapes_fd(teacher, images, meta):

@@ -8,6 +8,7 @@ A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, its conditions (c
 import argparse
 import fcntl
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -17,9 +18,11 @@ import resource
 import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -508,11 +511,17 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def sum_over_ranks(v):
+    """A tensor on the CPU -> the sum of all ranks' tensors, there too; v itself in a process on its own."""
+    if dist.is_initialized():
+        v = v.to("cuda") if dist.get_backend() == "nccl" else v
+        dist.all_reduce(v)
+    return v.cpu()
+
+
 def mean_over_ranks(numbers):
     """A list of floats -> their means over all ranks."""
-    total = torch.tensor(numbers, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
-    return (total / world()[1]).tolist()
+    return (sum_over_ranks(torch.tensor(numbers)) / world()[1]).tolist()
 
 
 class Replicated(DistributedDataParallel):
@@ -756,6 +765,41 @@ def load(path, keys):
     return value
 
 
+def sha256(path):
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(url, path):
+    """url to path, with a progress bar; path appears when it is complete. UserError without a network."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    advice = "connect to the network, or save it by other means as"
+    with (blame(f"could not download {url} ({{}}): {advice} {path}", OSError, ValueError, HTTPException),
+          urllib.request.urlopen(url, timeout=20) as source, atomic(path) as temporary,
+          temporary.open("wb") as file):
+        size = int(source.headers.get("Content-Length", 0))
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+            while block := source.read(2**20):
+                bar.update(file.write(block))
+        require(file.tell() == (size or file.tell()), f"it ended after {file.tell()} of {size} bytes")
+    print(f"downloaded {path}, sha256 {sha256(path)}")
+
+
+def fetch(url):
+    """A published file in checkpoints/, downloaded by the first rank if it is not there yet. -> its path"""
+    path, error = Path("checkpoints") / url.rpartition("/")[2], None
+    if world()[0] == 0 and not path.exists():
+        try:
+            download(url, path)
+        except UserError as failed:
+            error = failed
+    if dist.is_initialized():
+        dist.barrier()
+    if not path.exists():
+        raise error or UserError(f"{path} is not there: the first rank could not download it")
+    return path
+
+
 def save_state(path, **parts):
     """Everything to resume from: the state_dict() of each part. UserError, the old file kept, if a weight is
     not finite."""
@@ -954,6 +998,18 @@ class Log:
         self.bar.update()
         if self.step == self.steps:
             self.bar.close()
+
+
+def progress(items, name):
+    """Yields them, with a bar and its ETA on a terminal, else with a line every 20 s."""
+    begun = shown = time.time()
+    bar = tqdm(items, desc=name, disable=None if world()[0] == 0 else True)
+    for done, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and time.time() - shown > 20:
+            shown = time.time()
+            eta = (shown - begun) / done * (len(items) - done)
+            print(f"{name}: {done}/{len(items)}, {eta:.0f} s to go", flush=True)
 
 
 # ---- Pictures ----

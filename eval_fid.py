@@ -1,30 +1,115 @@
-"""Frechet distances between sets of images."""
+"""The numbers that people compare: FID, Inception Score, KID, precision and recall; and what was measured.
+
+    python eval_fid.py runs/shapes-sim-phuber-0 --features teacher       two minutes on two cores
+    python eval_fid.py runs/shapes-sim-phuber-0 --features teacher --nfe 35 --n 10000     its teacher
+    python eval_fid.py uncond.pt --t-star 2.5 --trials 3       FID-50k of a published one-step generator
+    python eval_fid.py images/ others/                         two folders of PNGs; .npz files do as well
+    python eval_fid.py images/ --stats images.npz              reference statistics, for later
+    torchrun --standalone --nproc_per_node=8 eval_fid.py uncond.pt
+
+FID is a distance in the features of one Inception network (NVIDIA's TorchScript translation). In any other
+features it is another number, and is called so: FD-teacher, FD-pixels. Loading a TorchScript file is loading
+a program: take it from NVIDIA alone, or check it with --detector-sha256. Results are added to fid.json.
+"""
+import argparse
+import functools
+import hashlib
+import importlib
+import json
+import math
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
 import torch
+from einops import rearrange
+from PIL import Image
+from torch.nn import functional as F
 
-from common import UserError
+from common import (SHAPES, Parser, UserError, atomic, blame, draw_latents, draw_shape, draw_shapes, fetch,
+                    number, one_line_errors, pick_device, progress, save, sha256, sum_over_ranks, to_uint8,
+                    world)
+
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
+DETECTOR = f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+CIFAR10 = f"{NVIDIA}/edm/fid-refs/cifar10-32x32.npz"  # mu and sigma of the 50,000 training images
+REFERENCES = {(3, 16, 16): "shapes", (3, 32, 32): "cifar10"}  # unless one is named
+DRAWN = 50_000  # shapes in a reference, as many as CIFAR-10 has
+KEPT = 10_000  # features of each side, at most, for what needs more than their moments
+SPLITS = 10  # of the Inception Score, as in SiD's code
 
 
+# ---- Distances between two sets of features ----
 def moments(features):
     """features (N, D) -> their mean (D,) and covariance (D, D), in float64."""
     features = features.double()
     return features.mean(0), torch.cov(features.T)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
+def frechet_distance(mu1, sigma1, mu2, sigma2, features1=None, features2=None):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), Heusel et al. 2017, (6), of mu (D,),
+    sigma (D, D), in float64. UserError if they are not finite or do not belong together.
 
-    The trace of the root is the sum of the roots of the eigenvalues of r sigma2 r, r = sigma1^(1/2)."""
+    With sigma1 = r r^T, the root's trace is the sum of the roots of the eigenvalues of r^T sigma2 r. Fewer
+    features (N, D) than dimensions, where both are given, have it without roots of what should be 0: there it
+    is the nuclear norm of the product of the centred features."""
+    mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
     if not all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)):
         raise UserError("a Frechet distance of moments that are not finite: expected finite features")
-    values, vectors = torch.linalg.eigh(sigma1)
-    r = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    root = torch.linalg.eigvalsh(r @ sigma2 @ r).clamp(min=0).sqrt().sum()
+    if features1 is not None and features2 is not None and min(len(features1), len(features2)) < len(mu1):
+        a, b = [(f - f.mean(0)) / (len(f) - 1)**0.5 for f in (features1.double(), features2.double())]
+        root = torch.linalg.svdvals(a @ b.T).sum()
+    else:
+        r, failed = torch.linalg.cholesky_ex(sigma1)
+        if failed:  # some direction has no variance
+            values, vectors = torch.linalg.eigh(sigma1)
+            r = vectors * values.clamp(min=0).sqrt()
+        root = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root
     if not distance > -1e-4 * (sigma1.trace() + sigma2.trace()):
         raise UserError(f"the Frechet distance is {distance:.4g}: expected moments of like features")
     return max(distance.item(), 0.0)
 
 
+def kernel_distance(x, y, subsets=100, size=1000):
+    """KID (Binkowski et al. 2018): the unbiased squared MMD of features (N, D) and (M, D) in the kernel
+    (a^T b / D + 1)^3. -> its mean and standard deviation over random subsets"""
+    random, values = torch.Generator().manual_seed(0), []
+    size = min(size, len(x), len(y))
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1)**3
+    for _ in range(subsets):
+        a, b = [v[torch.randperm(len(v), generator=random)[:size]].double() for v in (x, y)]
+        within = sum(k.sum() - k.trace() for k in (kernel(a, a), kernel(b, b))) / (size * (size - 1))
+        values.append(within - 2 * kernel(a, b).mean())
+    return torch.stack(values).mean().item(), torch.stack(values).std(correction=0).item()
+
+
+def precision_recall(fake, real, k=3):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (M, D): the share of
+    either side in the balls around the other's points that reach to their k-th neighbours there."""
+    def covered(x, centres):
+        near = [torch.cdist(c, centres).kthvalue(min(k + 1, len(centres))).values  # the first is c itself
+                for c in centres.split(1000)]
+        radius = torch.cat(near)
+        return torch.cat([(torch.cdist(a, centres) <= radius).any(1) for a in x.split(1000)])
+    fake, real = fake.double(), real.double()
+    return [covered(*sides).double().mean().item() for sides in ((fake, real), (real, fake))]
+
+
+def inception_score(p, p_log_p, counts):
+    """exp of the mean KL(p(class | image) || p(class)) (Salimans et al. 2016), from sums over each split's
+    images: p (S, classes), p_log_p (S,), counts (S,). -> its mean and standard deviation over the splits"""
+    score = (p_log_p / counts + torch.special.entr(p / counts[:, None]).sum(1)).exp()
+    return score.mean().item(), score.std(correction=0).item()
+
+
+# ---- Features ----
 @torch.no_grad()
 def teacher_features(net, images, t=0.2, batch=500):
     """What a SongUNet's encoder makes of images (N, C, H, W) in [-1, 1] at its deepest level, averaged over
@@ -35,3 +120,321 @@ def teacher_features(net, images, t=0.2, batch=500):
         emb = unet.embed(t_.log() / 4, None, None, len(x))
         features.append(unet.encode(x / (t**2 + net.sigma_data**2)**0.5, emb)[-1].mean((2, 3)))
     return torch.cat(features)
+
+
+def stage_2():
+    """Its loaders and samplers. Stage 2 imports this file, which is why it waits."""
+    return importlib.import_module("02_edm_cifar")
+
+
+def load_detector(args, device):
+    """--features as (uint8 (B, 3, H, W) -> features (B, D) and probabilities (B, classes) or None), and the
+    SHA-256 of its file. UserError if it cannot be had."""
+    if args.features == "pixels":
+        return lambda x: (x.flatten(1) / 255, None), None
+    if args.features == "teacher":
+        path = stage_2().EMBEDDED
+        net = stage_2().load_denoiser(path)[0].to(device)
+        return lambda x: (teacher_features(net, x / 127.5 - 1), None), sha256(path)
+    path = fetch(DETECTOR)
+    found = sha256(path)
+    print(f"{path}, sha256 {found}: a TorchScript file is a program, and is run")
+    if args.detector_sha256 not in (None, found):
+        raise UserError(f"{path} has sha256 {found}, --detector-sha256 expects another: download it again")
+    with blame(f"{path} is no TorchScript file ({{}}): download it again"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.load is deprecated; nothing else reads this file
+        net = torch.jit.load(path, map_location=device).eval()
+
+    def detect(x):
+        with blame(f"{path} cannot be called as NVIDIA's Inception ({{}}): download it again"):
+            return net(x, return_features=True), net(x, no_output_bias=True)
+    return detect, found
+
+
+# ---- Images ----
+@dataclass
+class Images:
+    """read(numbers) -> uint8 (B, 3, H, W), their classes (B,) or None. size: how many there are, or 0 if they
+    are drawn without end, number k from seed k."""
+    name: str
+    read: Callable
+    shape: tuple
+    size: int = 0
+    sha256: str | None = None
+    generated: bool = False
+
+
+def drawn_shapes():
+    def read(numbers):
+        images, labels = zip(*[draw_shapes(1, [1, 1, k]) for k in numbers])  # no set of the teacher's
+        return to_uint8(torch.cat(images)), torch.cat(labels)
+    return Images("true shapes", read, (3, 16, 16))
+
+
+def generated(path, args, device):
+    """A stage-2 checkpoint: one step or, with --nfe, the teacher that it names, itself if it names none."""
+    edm, own = stage_2(), args.teacher if ":" in args.teacher else ""
+    net, t_star, meta = edm.load_denoiser(path, own)
+    named, name = args.teacher or meta.get("teacher"), f"{path}, one step"
+    digest = sha256(path / "g_ema.pt" if path.is_dir() else path)
+    if args.nfe == 1:
+        draw = functools.partial(edm.sample_one_step, net, args.t_star or t_star)
+    else:
+        teacher, name = argparse.Namespace(teacher=named), f"{named or path}, {args.nfe} evaluations"
+        if named:
+            net, digest = edm.load_teacher(teacher)[0], getattr(teacher, "teacher_sha256", None)
+        draw = functools.partial(edm.sample_teacher, net, num_steps=(args.nfe + 1) // 2)
+    if net.image_shape[0] != 3:
+        raise UserError(f"{path} makes images of shape {net.image_shape}: expected three colours")
+    net.to(device)
+
+    def read(numbers):
+        z, labels = draw_latents(numbers, net.image_shape, net.label_dim)
+        x = draw(z.to(device), labels.to(device))
+        if not x.isfinite().all():
+            raise UserError(f"{name} made images that are not finite: expected a trained generator")
+        return to_uint8(x), labels.argmax(1) if net.label_dim else None
+    return Images(name, read, tuple(net.image_shape), sha256=digest, generated=True)
+
+
+def folder_of_images(path):
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not files:
+        raise UserError(f"{path} has no .png or .jpg in it: expected a folder of images or of a run")
+    damage = OSError, SyntaxError, ValueError, Image.DecompressionBombError
+
+    def read_one(file, size=None):
+        expected = f"{file} cannot be read ({{}}): expected an RGB image"
+        with blame(expected, *damage), Image.open(file) as image:
+            if image.mode != "RGB" or size not in (None, image.size):
+                raise UserError(f"{file} is {image.mode} of {image.size}: expected RGB, all of one size")
+            return np.array(image)
+
+    height, width, _ = read_one(files[0]).shape
+    read = lambda numbers: (channels_first([read_one(files[k], (width, height)) for k in numbers]), None)
+    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()  # of the files', in order
+    return Images(str(path), read, (3, height, width), len(files), digest)
+
+
+def read_npz(path):
+    damaged = f"{path} cannot be read ({{}}): expected an .npz file of arrays"
+    with blame(damaged, Exception), np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def array_of_images(path):
+    arrays = read_npz(path)
+    found = [v for v in arrays.values() if v.dtype == np.uint8 and v.ndim == 4 and v.shape[-1] == 3]
+    if len(found) != 1:
+        holds = ", ".join(f"{name} {v.dtype} {v.shape}" for name, v in arrays.items())
+        raise UserError(f"{path} holds {holds}: expected one array of images, uint8 (N, H, W, 3)")
+    read = lambda numbers: (channels_first(found[0][numbers]), None)
+    return Images(str(path), read, (3, *found[0].shape[1:3]), len(found[0]), sha256(path))
+
+
+def channels_first(pixels):
+    return torch.from_numpy(rearrange(pixels, "n h w c -> n c h w"))
+
+
+def open_images(name):
+    """Images that are there, or are drawn. UserError if the name is nothing of the kind."""
+    path = Path(name)
+    if name == "shapes":
+        return drawn_shapes()
+    if path.is_dir():
+        return folder_of_images(path)
+    if path.suffix == ".npz":
+        return array_of_images(path)
+    raise UserError(f"{name} is not there, or no images: expected a folder of images, an .npz or shapes; to "
+                    "evaluate, a run's folder or a checkpoint (.pt, .pkl) too")
+
+
+# ---- Shapes: which one is it? ----
+@functools.cache
+def templates(size=16):
+    """Every shape at six radii and half-pixel steps -> (T, size^2), of mean 0 and norm 1; classes (T,)"""
+    masks, labels = [], []
+    for label, name in enumerate(SHAPES):
+        for radius in np.linspace(0.24, 0.4, 6) * size:  # as in draw_shapes
+            steps = np.linspace(radius, size - radius, round(2 * size - 4 * radius) + 1)
+            masks += [draw_shape(name, x, y, radius, 1, 0, size) for x in steps for y in steps]
+            labels += [label] * len(steps)**2
+    masks = torch.from_numpy(np.stack(masks)).flatten(1)
+    return F.normalize(masks - masks.mean(1, keepdim=True)), torch.tensor(labels)
+
+
+def read_shapes(images):
+    """uint8 (N, 3, 16, 16) -> the class (N,) of the template that leaves the least squared error in the two
+    colours that suit it best: the one that explains most of the variance."""
+    masks, labels = templates(images.shape[-1])
+    explained = [(x.flatten(2).float() @ masks.T).square().sum(1) for x in images.split(100)]
+    return labels[torch.cat([e.argmax(1) for e in explained])]
+
+
+# ---- One pass ----
+@torch.no_grad()
+def one_pass(images, numbers, detect, batch, device, count_shapes=False):
+    """What is measured of the images with these numbers: sums over them in float64, so that neither the size
+    of a batch nor the number of ranks, which share the batches, matters. UserError for fewer than two."""
+    n, (rank, ranks) = len(numbers), world()
+    if n < max(2, ranks):
+        raise UserError(f"{images.name}: {n} images, expected at least {max(2, ranks)}")
+    kept = torch.arange(min(n, KEPT)) * n // min(n, KEPT)  # spread evenly: files may be sorted by class
+    sums, rows, places = {}, [], []
+    for index in progress(torch.arange(n).split(min(batch, n // ranks))[rank::ranks], images.name):
+        x, labels = images.read([numbers[i] for i in index])
+        features, p = [v if v is None else v.cpu().double() for v in detect(x.to(device))]
+        new = {"x": features.sum(0), "xx": features.T @ features}
+        if p is not None:
+            split = F.one_hot(((index + 1) * SPLITS - 1) // n, SPLITS).double().T
+            new |= {"p": split @ p, "p_log_p": split @ torch.xlogy(p, p).sum(1), "counts": split.sum(1)}
+        if count_shapes and labels is not None:
+            new["right"] = (read_shapes(x) == labels).sum()
+        sums = {name: sums.get(name, 0) + value for name, value in new.items()}
+        rows.append(features[torch.isin(index, kept)].float())
+        places.append(torch.searchsorted(kept, index[torch.isin(index, kept)]))
+    blank = torch.zeros(len(kept), features.shape[1])
+    sums["kept"] = blank.index_copy(0, torch.cat(places), torch.cat(rows))
+    sums = {name: sum_over_ranks(value) for name, value in sums.items()}
+    mu = sums["x"] / n
+    return sums | {"n": n, "mu": mu, "sigma": (sums["xx"] - n * torch.outer(mu, mu)) / (n - 1)}
+
+
+def load_reference(args, dim, measure):
+    """-> what one_pass returns, or the mu and sigma of a file; and what fid.json says of it."""
+    path = fetch(CIFAR10) if args.reference == "cifar10" else Path(args.reference)
+    arrays = read_npz(path) if path.suffix == ".npz" else {}
+    if "mu" in arrays or args.reference == "cifar10":
+        shapes = {key: arrays[key].shape for key in ("mu", "sigma") if key in arrays}
+        of = str(arrays.get("features", "inception"))
+        if shapes != {"mu": (dim,), "sigma": (dim, dim)} or of != args.features:
+            raise UserError(f"{path} has {shapes} of {of} features: expected mu ({dim},) and sigma "
+                            f"({dim}, {dim}) of {args.features} features")
+        return arrays, {"reference": str(path), "reference_sha256": sha256(path)}
+    images = open_images(args.reference)
+    numbers = range(images.size) if images.size else range(10**9, 10**9 + DRAWN)  # seeds that no trial has
+    facts = {"reference": images.name, "reference_n": len(numbers), "reference_sha256": images.sha256}
+    return measure(images, numbers), facts
+
+
+def metrics(a, b, features):
+    """{full name: value} of a pass against a reference; each name has the features and n in it."""
+    count = lambda n: f"{n // 1000}k" if n % 1000 == 0 else str(n)
+    of, n = "" if features == "inception" else f"-{features}", count(a["n"])
+    both = [side["kept"] for side in (a, b) if "kept" in side]
+    whole = both if all(len(side.get("kept", ())) == side.get("n") for side in (a, b)) else []
+    distance = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"], *whole)
+    values = {f"{'FD' if of else 'FID'}{of}-{n}": distance}
+    if "p" in a and a["n"] >= SPLITS:
+        score = inception_score(a["p"], a["p_log_p"], a["counts"])
+        values |= dict(zip((f"IS-{n}", f"IS-{n} (std of splits)"), score))
+    if len(both) == 2:
+        of += f"-{count(len(a['kept']))}"
+        values |= dict(zip((f"KID{of}", f"KID{of} (std of subsets)"), kernel_distance(*both)))
+        values |= dict(zip((f"precision{of}", f"recall{of}"), precision_recall(*both)))
+    if "right" in a:
+        values[f"class accuracy-{n}"] = a["right"].item() / a["n"]
+    return values
+
+
+# ---- The command line ----
+def parse(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("source", help="a run's folder, a checkpoint (.pt, .pkl), a folder of images, an "
+                        ".npz file, or shapes (drawn ones)")
+    parser.add_argument("reference", nargs="?", help="a folder, an .npz (of images, or of mu and sigma), "
+                        "shapes or cifar10; unless given, shapes for 16x16 and cifar10 for 32x32 images")
+    parser.add_argument("--features", choices=("inception", "teacher", "pixels"), default="inception",
+                        help="only the first gives FID; teacher is the embedded shapes teacher's encoder")
+    parser.add_argument("--n", type=number(int, 1), help="images; 50,000 or all of a folder or file")
+    parser.add_argument("--trials", type=number(int), default=1, help="with n fresh seeds each (EDM, SiD: 3)")
+    parser.add_argument("--seed", type=number(int, strict=False), default=0, help="of the first image")
+    parser.add_argument("--nfe", type=number(int), default=1, help="network evaluations: 1 is the generator; "
+                        "more, an odd number, Heun's method with its teacher (EDM: 35)")
+    parser.add_argument("--t-star", type=number(float), help="unless the checkpoint's own (SiD: 2.5)")
+    parser.add_argument("--teacher", default="", help="of a run that does not name it, as in stage 2")
+    parser.add_argument("--batch", type=number(int), default=250, help="images at once; changes no result")
+    parser.add_argument("--stats", metavar="NPZ", help="only write mu and sigma of the source's features")
+    parser.add_argument("--detector-sha256", help="what the Inception file must have")
+    parser.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
+    parser.add_argument("--out", metavar="JSON", help="fid.json beside the source unless given")
+    return parser.parse_args(argv)
+
+
+def settle(args, images):
+    """Fill in --n, the reference and --out. UserError for what does not go together."""
+    here, size = Path(args.source), " x ".join(map(str, images.shape))
+    args.n = args.n or images.size or 50_000
+    args.reference = args.reference or REFERENCES.get(images.shape)
+    args.out = Path(args.out or (here if (here / "g_ema.pt").exists() else here.parent) / "fid.json")
+    for wrong, message in (
+            (images.size and (args.seed or args.trials > 1), "--seed and --trials are for what draws images"),
+            (not images.generated and (args.nfe > 1 or args.t_star or args.teacher),
+             "--nfe, --t-star and --teacher are for checkpoints"),
+            (images.size and args.n > images.size, f"--n {args.n}: it holds {images.size} images"),
+            (args.nfe % 2 == 0, f"--nfe {args.nfe}: Heun's method takes an odd number of evaluations"),
+            (args.detector_sha256 and args.features != "inception", "--detector-sha256 is for Inception"),
+            (args.features == "teacher" and REFERENCES.get(images.shape) != "shapes",
+             f"images of {size}: --features teacher expects 3 x 16 x 16"),
+            (args.features == "pixels" and math.prod(images.shape) > 4096,
+             f"images of {size}: --features pixels expects at most 4096 numbers in an image"),
+            (args.stats and not args.stats.endswith(".npz"), f"--stats {args.stats}: expected an .npz"),
+            (not args.reference and not args.stats, f"images of {size}: name a reference as well")):
+        if wrong:
+            raise UserError(f"{args.source}: {message}")
+
+
+def report(args, facts, trials):
+    """To the screen and, as one more entry, to the list in fid.json."""
+    note = "" if args.features == "inception" else f"; in {args.features} features, which is not FID"
+    print(f"{facts['source']}, {args.n} images, against {facts['reference']}{note}")
+    facts["metrics"] = {}
+    for name in trials[0]:
+        values = [trial[name] for trial in trials]
+        spread = {"std": float(np.std(values, ddof=1)), "trials": values} if len(trials) > 1 else {}
+        facts["metrics"][name] = {"mean": float(np.mean(values))} | spread
+        print(f"  {name:32}{np.mean(values):10.4f}", *[f" {key}: {value}" for key, value in spread.items()])
+    if world()[0] == 0:
+        save([*read_results(args.out), facts], args.out)
+    print(f"added to {args.out}")
+
+
+def read_results(path):
+    with blame(f"{path} is no list of results ({{}}): move it away, or name another --out"):
+        return [*json.loads(path.read_text())] if path.exists() else []
+
+
+@one_line_errors
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    args = parse(words)
+    device, path = pick_device(args.device), Path(args.source)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    checkpoint = path.suffix in (".pt", ".pkl") or (path / "g_ema.pt").exists()
+    images = generated(path, args, device) if checkpoint else open_images(args.source)
+    settle(args, images)
+    read_results(args.out)  # a mistake there stops here
+    detect, digest = load_detector(args, device)
+    measure = functools.partial(one_pass, detect=detect, batch=args.batch, device=device)
+    seeds = [range(args.seed + i * args.n, args.seed + (i + 1) * args.n) for i in range(args.trials)]
+    if args.stats:
+        got = measure(images, seeds[0])
+        if world()[0] == 0:
+            with atomic(args.stats) as temporary:
+                np.savez(temporary, mu=got["mu"], sigma=got["sigma"], features=args.features, n=args.n)
+        return print(f"{args.stats}: mu and sigma of {images.name}, {args.n} images")
+    dim = detect(images.read([0])[0].to(device))[0].shape[1]
+    reference, facts = load_reference(args, dim, measure)
+    facts |= {"source": images.name, "source_sha256": images.sha256, "n": args.n, "features": args.features,
+              "detector_sha256": digest, "numbers": [[s[0], s[-1]] for s in seeds],
+              "command": f"python eval_fid.py {shlex.join(words)}", "date": str(date.today())}
+    trials = []
+    for numbers in seeds:
+        begun, got = time.time(), measure(images, numbers, count_shapes=args.reference == "shapes")
+        speed = {"images/s": args.n / (time.time() - begun)}
+        trials.append(metrics(got, reference, args.features) | speed)
+    report(args, facts, trials)
+
+
+if __name__ == "__main__":
+    main()

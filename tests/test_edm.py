@@ -283,7 +283,7 @@ def test_convert(tmp_path, capsys):
     net, t_star, meta = edm.load_denoiser(tmp_path / "plain.pt")
     ours = edm.load_edm_pickle(PKL).state_dict()
     assert all(torch.equal(w, ours[name]) for name, w in net.state_dict().items()) and t_star == 2.5
-    assert meta["sha256"] == edm.sha256(PKL)
+    assert meta["sha256"] == common.sha256(PKL)
     edm.main(
         [
             "--sample",
@@ -610,7 +610,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def test_download(tmp_path):
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    edm.download(f"http://127.0.0.1:{server.server_port}/whole", tmp_path / "new" / "x.pkl")
+    common.download(f"http://127.0.0.1:{server.server_port}/whole", tmp_path / "new" / "x.pkl")
     assert (tmp_path / "new" / "x.pkl").stat().st_size == 100_000
     for url in (
         f"http://127.0.0.1:{server.server_port}/cut",
@@ -618,7 +618,7 @@ def test_download(tmp_path):
         "http://no.such.host.invalid/x",
     ):
         with pytest.raises(UserError, match="could not download"):
-            edm.download(url, tmp_path / "y.pkl")
+            common.download(url, tmp_path / "y.pkl")
     server.shutdown()
     assert [path.name for path in tmp_path.rglob("*.pkl")] == ["x.pkl"]
 

@@ -40,7 +40,7 @@ NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 DETECTOR = f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 CIFAR10 = f"{NVIDIA}/edm/fid-refs/cifar10-32x32.npz"  # mu and sigma of the 50,000 training images
 REFERENCES = {(3, 16, 16): "shapes", (3, 32, 32): "cifar10"}  # unless one is named
-DRAWN = 50_000  # shapes in a reference, as many as CIFAR-10 has
+DRAWN, APART = 50_000, 10**9  # shapes in a reference, as many as CIFAR-10 has; its seeds, which no trial has
 KEPT = 10_000  # features of each side, at most, for what needs more than their moments
 SPLITS = 10  # of the Inception Score, as in SiD's code
 
@@ -301,7 +301,8 @@ def one_pass(images, numbers, detect, batch, device, count_shapes=False):
 
 
 def load_reference(args, dim, measure):
-    """-> what one_pass returns, or the mu and sigma of a file; and what fid.json says of it."""
+    """-> what one_pass returns, or the mu and sigma of a file; and what fid.json says of it. UserError if it
+    is not there or is of other features."""
     path = fetch(CIFAR10) if args.reference == "cifar10" else Path(args.reference)
     arrays = read_npz(path) if path.suffix == ".npz" else {}
     if "mu" in arrays or args.reference == "cifar10":
@@ -312,7 +313,7 @@ def load_reference(args, dim, measure):
                             f"({dim}, {dim}) of {args.features} features")
         return arrays, {"reference": str(path), "reference_sha256": sha256(path)}
     images = open_images(args.reference)
-    numbers = range(images.size) if images.size else range(10**9, 10**9 + DRAWN)  # seeds that no trial has
+    numbers = range(images.size) if images.size else range(APART, APART + DRAWN)
     facts = {"reference": images.name, "reference_n": len(numbers), "reference_sha256": images.sha256}
     return measure(images, numbers), facts
 
@@ -418,7 +419,8 @@ def main(argv=None):
     measure = functools.partial(one_pass, detect=detect, batch=args.batch, device=device)
     seeds = [range(args.seed + i * args.n, args.seed + (i + 1) * args.n) for i in range(args.trials)]
     if args.stats:
-        got = measure(images, seeds[0])
+        start = args.seed + (0 if images.size else APART)
+        got = measure(images, range(start, start + args.n))
         if world()[0] == 0:
             with atomic(args.stats) as temporary:
                 np.savez(temporary, mu=got["mu"], sigma=got["sigma"], features=args.features, n=args.n)

@@ -19,7 +19,6 @@ from PIL import Image
 
 import common
 from common import SongUNet, UserError, draw_latents, draw_shapes, edm_sampler, make_unet
-from eval_fid import frechet_distance, moments
 
 edm = importlib.import_module("02_edm_cifar")
 ROOT = Path(__file__).parent.parent
@@ -300,7 +299,7 @@ def test_convert(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-# ---- shapes, latents, distance ----
+# ---- shapes, latents ----
 def test_shapes():
     a, labels = draw_shapes(40, 5)
     b, same = draw_shapes(40, 5)
@@ -319,18 +318,6 @@ def test_latents_depend_on_their_seed_alone():
     _, fixed = draw_latents(range(5), (1,), 5, [4, 0])
     assert fixed.argmax(1).tolist() == [4, 0, 4, 0, 4]
     assert draw_latents(range(2), (1,))[1].shape == (2, 0)
-
-
-def test_frechet_distance_of_gaussians():
-    random = np.random.default_rng(0)
-    a, b = random.uniform(0.1, 2, 5), random.uniform(0.1, 2, 5)
-    mu = random.normal(size=5)
-    rotation = np.linalg.qr(random.normal(size=(5, 5)))[0]
-    turn = lambda v: torch.from_numpy(rotation @ np.diag(v) @ rotation.T)
-    expected = (mu**2).sum() + ((a**0.5 - b**0.5) ** 2).sum()  # commuting covariances
-    assert frechet_distance(torch.from_numpy(mu), turn(a), torch.zeros(5), turn(b)) == pytest.approx(expected)
-    x = torch.randn(50, 8, dtype=torch.float64)
-    assert frechet_distance(*moments(x), *moments(x)) < 1e-8
 
 
 # ---- Algorithm 2 ----

@@ -425,6 +425,9 @@ SHAPES = {  # corners in a square of side 2 (y downwards), and the hole's size
     "pillar": ([(0.35, 1), (-0.35, 1), (-0.35, -1), (0.35, -1)], 0)}
 
 
+RADII = 0.24, 0.4  # of drawn shapes, in images
+
+
 def draw_shape(name, x, y, radius, colour, background, size, fine=8):
     """A shape centred at (x, y) pixels, colours RGB in [0, 1], drawn `fine` times as large and reduced.
     -> float32 (size, size, 3) in [0, 1]"""
@@ -443,13 +446,34 @@ def draw_shapes(n, seed, size=16, labels=None):
     labels = random.integers(len(SHAPES), size=n) if labels is None else np.asarray(labels)
     images = np.empty((n, size, size, 3), dtype=np.float32)
     for image, label in zip(images, labels):
-        radius = size * random.uniform(0.24, 0.4)
+        radius = size * random.uniform(*RADII)
         x, y = random.uniform(radius, size - radius, 2)
         colours = random.uniform(size=(2, 3))
         while np.linalg.norm(colours[0] - colours[1]) < 0.6:  # else one cannot see it
             colours = random.uniform(size=(2, 3))
         image[:] = draw_shape(list(SHAPES)[label], x, y, radius, *colours, size)
     return rearrange(torch.from_numpy(images), "n h w c -> n c h w") * 2 - 1, torch.from_numpy(labels)
+
+
+@functools.cache
+def templates(size):
+    """Every shape at six radii and half-pixel steps -> (T, size^2), of mean 0 and norm 1; classes (T,)"""
+    masks, labels = [], []
+    for label, name in enumerate(SHAPES):
+        for radius in np.linspace(*RADII, 6) * size:
+            steps = np.linspace(radius, size - radius, round(2 * size - 4 * radius) + 1)
+            masks += [draw_shape(name, x, y, radius, 1, 0, size) for x in steps for y in steps]
+            labels += [label] * len(steps)**2
+    masks = torch.from_numpy(np.stack(masks)).flatten(1)
+    return F.normalize(masks - masks.mean(1, keepdim=True)), torch.tensor(labels)
+
+
+def read_shapes(images):
+    """uint8 (N, 3, H, W) -> the class (N,) of the template that leaves the least squared error in the two
+    colours that suit it best: the one that explains most of the variance."""
+    masks, labels = templates(images.shape[-1])
+    explained = [(x.flatten(2).float() @ masks.T).square().sum(1) for x in images.split(100)]
+    return labels[torch.cat([e.argmax(1) for e in explained])]
 
 
 # ---- Training ----
@@ -642,7 +666,7 @@ def one_line_errors(main):
                 raise
             message, status = f"error: {first_line(error)}: try a smaller --batch, --batch-gpu or --n", 2
         except KeyboardInterrupt as stop:
-            message, status = f"stopped: {stop or 'the same command goes on from the last checkpoint'}", 130
+            message, status = f"stopped: {stop or 'what was saved is kept'}", 130
         print(message, file=sys.stderr)
         sys.exit(status)
     return wrapped

@@ -2,10 +2,10 @@
 
     python eval_fid.py runs/shapes-sim-phuber-0 --features teacher       two minutes on two cores
     python eval_fid.py runs/shapes-sim-phuber-0 --features teacher --nfe 35 --n 10000     its teacher
-    python eval_fid.py uncond.pt --t-star 2.5 --trials 3       FID-50k of a published one-step generator
+    python eval_fid.py sid.pt --t-star 2.5 --trials 3          FID-50k of a published one-step generator
     python eval_fid.py images/ others/                         two folders of PNGs; .npz files do as well
     python eval_fid.py images/ --stats images.npz              reference statistics, for later
-    torchrun --standalone --nproc_per_node=8 eval_fid.py uncond.pt
+    torchrun --standalone --nproc_per_node=8 -- eval_fid.py sid.pt --n 10000
 
 FID is a distance in the features of one Inception network (NVIDIA's TorchScript translation). In any other
 features it is another number, and is called so: FD-teacher, FD-pixels. Loading a TorchScript file is loading
@@ -32,14 +32,13 @@ from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
-from common import (SHAPES, Parser, UserError, atomic, blame, draw_latents, draw_shape, draw_shapes, fetch,
-                    number, one_line_errors, pick_device, progress, save, sha256, sum_over_ranks, to_uint8,
-                    world)
+from common import (Parser, UserError, atomic, blame, draw_latents, draw_shapes, fetch, number,
+                    one_line_errors, pick_device, progress, read_shapes, require, save, sha256,
+                    sum_over_ranks, to_uint8, world)
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 DETECTOR = f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 CIFAR10 = f"{NVIDIA}/edm/fid-refs/cifar10-32x32.npz"  # mu and sigma of the 50,000 training images
-REFERENCES = {(3, 16, 16): "shapes", (3, 32, 32): "cifar10"}  # unless one is named
 DRAWN, APART = 50_000, 10**9  # shapes in a reference, as many as CIFAR-10 has; its seeds, which no trial has
 KEPT = 10_000  # features of each side, at most, for what needs more than their moments
 SPLITS = 10  # of the Inception Score, as in SiD's code
@@ -60,6 +59,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, features1=None, features2=None):
     features (N, D) than dimensions, where both are given, have it without roots of what should be 0: there it
     is the nuclear norm of the product of the centred features."""
     mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma1.shape[1:] == sigma2.shape[:1]:
+        raise UserError(f"a Frechet distance of {len(mu1)} and {len(mu2)} features: expected as many")
     if not all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)):
         raise UserError("a Frechet distance of moments that are not finite: expected finite features")
     if features1 is not None and features2 is not None and min(len(features1), len(features2)) < len(mu1):
@@ -72,7 +73,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, features1=None, features2=None):
             r = vectors * values.clamp(min=0).sqrt()
         root = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root
-    if not distance > -1e-4 * (sigma1.trace() + sigma2.trace()):
+    if not distance >= -1e-4 * (sigma1.trace() + sigma2.trace()):
         raise UserError(f"the Frechet distance is {distance:.4g}: expected moments of like features")
     return max(distance.item(), 0.0)
 
@@ -127,27 +128,33 @@ def stage_2():
     return importlib.import_module("02_edm_cifar")
 
 
-def load_detector(args, device):
+def load_detector(args, x):
     """--features as (uint8 (B, 3, H, W) -> features (B, D) and probabilities (B, classes) or None), and the
-    SHA-256 of its file. UserError if it cannot be had."""
+    SHA-256 of its file. x: images to try it on. UserError if it cannot be had."""
     if args.features == "pixels":
         return lambda x: (x.flatten(1) / 255, None), None
     if args.features == "teacher":
         path = stage_2().EMBEDDED
-        net = stage_2().load_denoiser(path)[0].to(device)
+        net = stage_2().load_denoiser(path)[0].to(x.device)
         return lambda x: (teacher_features(net, x / 127.5 - 1), None), sha256(path)
     path = fetch(DETECTOR)
     found = sha256(path)
-    print(f"{path}, sha256 {found}: a TorchScript file is a program, and is run")
-    if args.detector_sha256 not in (None, found):
+    print(f"{path}, sha256 {found}: a TorchScript file is a program")
+    if args.detector_sha256 and args.detector_sha256.lower() != found:
         raise UserError(f"{path} has sha256 {found}, --detector-sha256 expects another: download it again")
-    with blame(f"{path} is no TorchScript file ({{}}): download it again"), warnings.catch_warnings():
+    with (blame(f"{path} is not NVIDIA's Inception in TorchScript ({{}}): download it again"),
+          warnings.catch_warnings(), torch.no_grad()):
         warnings.simplefilter("ignore")  # torch.jit.load is deprecated; nothing else reads this file
-        net = torch.jit.load(path, map_location=device).eval()
+        net = torch.jit.load(path, map_location=x.device).eval()
+        features, p = net(x, return_features=True), net(x, no_output_bias=True)
+        require(features.ndim == p.ndim == 2, "its features are no vectors")
+        # The classes are one layer above the features; to run all for them again would double the cost.
+        last = dict(net.named_parameters()).get("output.weight")
+        short = last is not None and torch.allclose((features @ last.T).softmax(1), p, rtol=1e-3)
 
     def detect(x):
-        with blame(f"{path} cannot be called as NVIDIA's Inception ({{}}): download it again"):
-            return net(x, return_features=True), net(x, no_output_bias=True)
+        features = net(x, return_features=True)
+        return features, (features @ last.T).softmax(1) if short else net(x, no_output_bias=True)
     return detect, found
 
 
@@ -161,12 +168,11 @@ class Images:
     shape: tuple
     size: int = 0
     sha256: str | None = None
-    generated: bool = False
 
 
 def drawn_shapes():
     def read(numbers):
-        images, labels = zip(*[draw_shapes(1, [1, 1, k]) for k in numbers])  # no set of the teacher's
+        images, labels = zip(*[draw_shapes(1, [k, 1, 1]) for k in numbers])  # no seed of the teacher's
         return to_uint8(torch.cat(images)), torch.cat(labels)
     return Images("true shapes", read, (3, 16, 16))
 
@@ -175,12 +181,13 @@ def generated(path, args, device):
     """A stage-2 checkpoint: one step or, with --nfe, the teacher that it names, itself if it names none."""
     edm, own = stage_2(), args.teacher if ":" in args.teacher else ""
     net, t_star, meta = edm.load_denoiser(path, own)
-    named, name = args.teacher or meta.get("teacher"), f"{path}, one step"
+    named, t_star = args.teacher or meta.get("teacher"), args.t_star or t_star
     digest = sha256(path / "g_ema.pt" if path.is_dir() else path)
     if args.nfe == 1:
-        draw = functools.partial(edm.sample_one_step, net, args.t_star or t_star)
+        name = f"{path}, one step from t* = {t_star:g}"
+        draw = functools.partial(edm.sample_one_step, net, t_star)
     else:
-        teacher, name = argparse.Namespace(teacher=named), f"{named or path}, {args.nfe} evaluations"
+        name, teacher = f"{args.nfe} evaluations of {named or path}", argparse.Namespace(teacher=named)
         if named:
             net, digest = edm.load_teacher(teacher)[0], getattr(teacher, "teacher_sha256", None)
         draw = functools.partial(edm.sample_teacher, net, num_steps=(args.nfe + 1) // 2)
@@ -194,7 +201,7 @@ def generated(path, args, device):
         if not x.isfinite().all():
             raise UserError(f"{name} made images that are not finite: expected a trained generator")
         return to_uint8(x), labels.argmax(1) if net.label_dim else None
-    return Images(name, read, tuple(net.image_shape), sha256=digest, generated=True)
+    return Images(name, read, tuple(net.image_shape), sha256=digest)
 
 
 def folder_of_images(path):
@@ -249,28 +256,6 @@ def open_images(name):
                     "evaluate, a run's folder or a checkpoint (.pt, .pkl) too")
 
 
-# ---- Shapes: which one is it? ----
-@functools.cache
-def templates(size=16):
-    """Every shape at six radii and half-pixel steps -> (T, size^2), of mean 0 and norm 1; classes (T,)"""
-    masks, labels = [], []
-    for label, name in enumerate(SHAPES):
-        for radius in np.linspace(0.24, 0.4, 6) * size:  # as in draw_shapes
-            steps = np.linspace(radius, size - radius, round(2 * size - 4 * radius) + 1)
-            masks += [draw_shape(name, x, y, radius, 1, 0, size) for x in steps for y in steps]
-            labels += [label] * len(steps)**2
-    masks = torch.from_numpy(np.stack(masks)).flatten(1)
-    return F.normalize(masks - masks.mean(1, keepdim=True)), torch.tensor(labels)
-
-
-def read_shapes(images):
-    """uint8 (N, 3, 16, 16) -> the class (N,) of the template that leaves the least squared error in the two
-    colours that suit it best: the one that explains most of the variance."""
-    masks, labels = templates(images.shape[-1])
-    explained = [(x.flatten(2).float() @ masks.T).square().sum(1) for x in images.split(100)]
-    return labels[torch.cat([e.argmax(1) for e in explained])]
-
-
 # ---- One pass ----
 @torch.no_grad()
 def one_pass(images, numbers, detect, batch, device, count_shapes=False):
@@ -279,8 +264,7 @@ def one_pass(images, numbers, detect, batch, device, count_shapes=False):
     n, (rank, ranks) = len(numbers), world()
     if n < max(2, ranks):
         raise UserError(f"{images.name}: {n} images, expected at least {max(2, ranks)}")
-    kept = torch.arange(min(n, KEPT)) * n // min(n, KEPT)  # spread evenly: files may be sorted by class
-    sums, rows, places = {}, [], []
+    sums, kept, every = {}, None, -(-n // KEPT)  # keep one in so many: files may be sorted by class
     for index in progress(torch.arange(n).split(min(batch, n // ranks))[rank::ranks], images.name):
         x, labels = images.read([numbers[i] for i in index])
         features, p = [v if v is None else v.cpu().double() for v in detect(x.to(device))]
@@ -291,31 +275,33 @@ def one_pass(images, numbers, detect, batch, device, count_shapes=False):
         if count_shapes and labels is not None:
             new["right"] = (read_shapes(x) == labels).sum()
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
-        rows.append(features[torch.isin(index, kept)].float())
-        places.append(torch.searchsorted(kept, index[torch.isin(index, kept)]))
-    blank = torch.zeros(len(kept), features.shape[1])
-    sums["kept"] = blank.index_copy(0, torch.cat(places), torch.cat(rows))
-    sums = {name: sum_over_ranks(value) for name, value in sums.items()}
+        kept = torch.zeros(-(-n // every), features.shape[1]) if kept is None else kept
+        mine = index % every == 0
+        kept[index[mine] // every] = features[mine].float()
+    sums = {name: sum_over_ranks(value) for name, value in (sums | {"kept": kept}).items()}
     mu = sums["x"] / n
     return sums | {"n": n, "mu": mu, "sigma": (sums["xx"] - n * torch.outer(mu, mu)) / (n - 1)}
 
 
-def load_reference(args, dim, measure):
+def load_reference(args, images, dim, digest, measure):
     """-> what one_pass returns, or the mu and sigma of a file; and what fid.json says of it. UserError if it
-    is not there or is of other features."""
+    is not there or does not compare with these images and this detector."""
     path = fetch(CIFAR10) if args.reference == "cifar10" else Path(args.reference)
-    arrays = read_npz(path) if path.suffix == ".npz" else {}
-    if "mu" in arrays or args.reference == "cifar10":
+    if path.suffix == ".npz" and "mu" in (arrays := read_npz(path)):
         shapes = {key: arrays[key].shape for key in ("mu", "sigma") if key in arrays}
         of = str(arrays.get("features", "inception"))
         if shapes != {"mu": (dim,), "sigma": (dim, dim)} or of != args.features:
             raise UserError(f"{path} has {shapes} of {of} features: expected mu ({dim},) and sigma "
                             f"({dim}, {dim}) of {args.features} features")
+        if str(arrays.get("detector_sha256", digest)) != str(digest):
+            raise UserError(f"{path} was made with another detector: write it anew with --stats")
         return arrays, {"reference": str(path), "reference_sha256": sha256(path)}
-    images = open_images(args.reference)
-    numbers = range(images.size) if images.size else range(APART, APART + DRAWN)
-    facts = {"reference": images.name, "reference_n": len(numbers), "reference_sha256": images.sha256}
-    return measure(images, numbers), facts
+    real = open_images(args.reference)
+    if args.features != "inception" and real.shape != images.shape:  # Inception resizes what it sees
+        raise UserError(f"{real.name} has shape {real.shape}, {images.name} {images.shape}: expected one")
+    numbers = range(real.size) if real.size else range(APART, APART + DRAWN)
+    facts = {"reference": real.name, "reference_n": len(numbers), "reference_sha256": real.sha256}
+    return measure(real, numbers), facts
 
 
 def metrics(a, b, features):
@@ -330,9 +316,9 @@ def metrics(a, b, features):
         score = inception_score(a["p"], a["p_log_p"], a["counts"])
         values |= dict(zip((f"IS-{n}", f"IS-{n} (std of splits)"), score))
     if len(both) == 2:
-        of += f"-{count(len(a['kept']))}"
-        values |= dict(zip((f"KID{of}", f"KID{of} (std of subsets)"), kernel_distance(*both)))
-        values |= dict(zip((f"precision{of}", f"recall{of}"), precision_recall(*both)))
+        k = count(len(a["kept"]))
+        values |= dict(zip((f"KID{of}-{k}", f"KID{of}-{k} (std of subsets)"), kernel_distance(*both)))
+        values |= dict(zip((f"precision-{features}-{k}", f"recall-{features}-{k}"), precision_recall(*both)))
     if "right" in a:
         values[f"class accuracy-{n}"] = a["right"].item() / a["n"]
     return values
@@ -362,47 +348,55 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def settle(args, images):
+def settle(args, images, checkpoint):
     """Fill in --n, the reference and --out. UserError for what does not go together."""
     here, size = Path(args.source), " x ".join(map(str, images.shape))
-    args.n = args.n or images.size or 50_000
-    args.reference = args.reference or REFERENCES.get(images.shape)
     args.out = Path(args.out or (here if (here / "g_ema.pt").exists() else here.parent) / "fid.json")
+    written = Path(args.stats or args.out)
+    usual = {(3, 16, 16): "shapes", (3, 32, 32): "cifar10" if args.features == "inception" else None}
     for wrong, message in (
             (images.size and (args.seed or args.trials > 1), "--seed and --trials are for what draws images"),
-            (not images.generated and (args.nfe > 1 or args.t_star or args.teacher),
+            (not checkpoint and (args.nfe > 1 or args.t_star or args.teacher),
              "--nfe, --t-star and --teacher are for checkpoints"),
-            (images.size and args.n > images.size, f"--n {args.n}: it holds {images.size} images"),
+            (args.nfe > 1 and args.t_star, "--t-star is for one step, --nfe for more"),
             (args.nfe % 2 == 0, f"--nfe {args.nfe}: Heun's method takes an odd number of evaluations"),
-            (args.detector_sha256 and args.features != "inception", "--detector-sha256 is for Inception"),
-            (args.features == "teacher" and REFERENCES.get(images.shape) != "shapes",
+            (images.size and images.size < (args.n or 0), f"--n {args.n}: it holds {images.size} images"),
+            (args.features == "teacher" and images.shape != (3, 16, 16),
              f"images of {size}: --features teacher expects 3 x 16 x 16"),
             (args.features == "pixels" and math.prod(images.shape) > 4096,
              f"images of {size}: --features pixels expects at most 4096 numbers in an image"),
-            (args.stats and not args.stats.endswith(".npz"), f"--stats {args.stats}: expected an .npz"),
-            (not args.reference and not args.stats, f"images of {size}: name a reference as well")):
+            (args.stats and (args.reference or args.trials > 1), "--stats takes no reference or --trials"),
+            (args.stats and written.exists(), f"{written} is there: name another --stats"),
+            (written.suffix != (".npz" if args.stats else ".json") or not written.parent.is_dir(),
+             f"{written}: expected an .npz for --stats, a .json for --out, in a folder that is there"),
+            (not (args.stats or args.reference or usual.get(images.shape)), "name a reference as well")):
         if wrong:
             raise UserError(f"{args.source}: {message}")
+    args.n, args.reference = args.n or images.size or 50_000, args.reference or usual.get(images.shape)
 
 
-def report(args, facts, trials):
-    """To the screen and, as one more entry, to the list in fid.json."""
-    note = "" if args.features == "inception" else f"; in {args.features} features, which is not FID"
-    print(f"{facts['source']}, {args.n} images, against {facts['reference']}{note}")
-    facts["metrics"] = {}
-    for name in trials[0]:
-        values = [trial[name] for trial in trials]
-        spread = {"std": float(np.std(values, ddof=1)), "trials": values} if len(trials) > 1 else {}
-        facts["metrics"][name] = {"mean": float(np.mean(values))} | spread
-        print(f"  {name:32}{np.mean(values):10.4f}", *[f" {key}: {value}" for key, value in spread.items()])
+def write_statistics(args, images, digest, measure):
+    start = args.seed + (0 if images.size else APART)
+    got = measure(images, range(start, start + args.n))
     if world()[0] == 0:
-        save([*read_results(args.out), facts], args.out)
-    print(f"added to {args.out}")
+        with atomic(args.stats) as temporary:
+            np.savez(temporary, mu=got["mu"], sigma=got["sigma"], features=args.features, n=args.n,
+                     detector_sha256=str(digest))
+    print(f"{args.stats}: mu and sigma of {images.name}, {args.n} images")
 
 
 def read_results(path):
     with blame(f"{path} is no list of results ({{}}): move it away, or name another --out"):
-        return [*json.loads(path.read_text())] if path.exists() else []
+        found = json.loads(path.read_text()) if path.exists() else []
+        require(isinstance(found, list), f"it holds a {type(found).__name__}")
+        return found
+
+
+def summarise(trials):
+    """{name: {"mean", and of more than one trial "std" and "trials"}}"""
+    columns = {name: [trial[name] for trial in trials] for name in trials[0]}
+    spread = lambda v: {"std": float(np.std(v, ddof=1)), "trials": v} if len(v) > 1 else {}
+    return {name: {"mean": float(np.mean(v))} | spread(v) for name, v in columns.items()}
 
 
 @one_line_errors
@@ -413,29 +407,37 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     checkpoint = path.suffix in (".pt", ".pkl") or (path / "g_ema.pt").exists()
     images = generated(path, args, device) if checkpoint else open_images(args.source)
-    settle(args, images)
-    read_results(args.out)  # a mistake there stops here
-    detect, digest = load_detector(args, device)
+    settle(args, images, checkpoint)
+    earlier = read_results(args.out)
+    detect, digest = load_detector(args, x := images.read([0])[0].to(device))
     measure = functools.partial(one_pass, detect=detect, batch=args.batch, device=device)
-    seeds = [range(args.seed + i * args.n, args.seed + (i + 1) * args.n) for i in range(args.trials)]
     if args.stats:
-        start = args.seed + (0 if images.size else APART)
-        got = measure(images, range(start, start + args.n))
-        if world()[0] == 0:
-            with atomic(args.stats) as temporary:
-                np.savez(temporary, mu=got["mu"], sigma=got["sigma"], features=args.features, n=args.n)
-        return print(f"{args.stats}: mu and sigma of {images.name}, {args.n} images")
-    dim = detect(images.read([0])[0].to(device))[0].shape[1]
-    reference, facts = load_reference(args, dim, measure)
+        return write_statistics(args, images, digest, measure)
+    reference, facts = load_reference(args, images, detect(x)[0].shape[1], digest, measure)
     facts |= {"source": images.name, "source_sha256": images.sha256, "n": args.n, "features": args.features,
-              "detector_sha256": digest, "numbers": [[s[0], s[-1]] for s in seeds],
-              "command": f"python eval_fid.py {shlex.join(words)}", "date": str(date.today())}
-    trials = []
-    for numbers in seeds:
-        begun, got = time.time(), measure(images, numbers, count_shapes=args.reference == "shapes")
-        speed = {"images/s": args.n / (time.time() - begun)}
-        trials.append(metrics(got, reference, args.features) | speed)
-    report(args, facts, trials)
+              "detector_sha256": digest, "command": f"python eval_fid.py {shlex.join(words)}",
+              "date": str(date.today()), "numbers": []}
+    evaluate(args, images, reference, facts, earlier, measure)
+
+
+def evaluate(args, images, reference, facts, earlier, measure):
+    """Every trial; after each, the entry in fid.json is that of the trials so far."""
+    trials, shapes = [], args.reference == "shapes" and images.shape == (3, 16, 16)
+    for trial in range(args.trials):
+        begun, numbers = time.time(), range(args.seed + trial * args.n, args.seed + (trial + 1) * args.n)
+        got = measure(images, numbers, count_shapes=shapes)
+        facts["images_s"] = args.n / (time.time() - begun)  # the features and the check of classes included
+        facts["numbers"].append([numbers[0], numbers[-1]])
+        if world()[0] == 0:  # the others have their next samples to draw
+            trials.append(metrics(got, reference, args.features))
+            facts["metrics"] = summarise(trials)
+            save([*earlier, facts], args.out)
+    note = "" if args.features == "inception" else f"; in {args.features} features, which is not FID"
+    print(f"{images.name}: {args.n} images against {facts['reference']}{note}")
+    for name, v in facts.get("metrics", {}).items():
+        spread = f" +- {v['std']:.2g}: {v['trials']}" if len(trials) > 1 else ""
+        print(f"  {name:34}{v['mean']:.4g}{spread}")
+    print(f"  {facts['images_s']:.0f} images/s; added to {args.out}")
 
 
 if __name__ == "__main__":

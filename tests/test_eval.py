@@ -79,10 +79,19 @@ def test_the_same_moments_are_at_no_distance():
     assert frechet_distance(*moments(x), *moments(x)) < 1e-8
 
 
-@pytest.mark.parametrize("sigma", (torch.full((2, 2), math.nan), -torch.eye(2), torch.eye(2) * math.inf))
+@pytest.mark.parametrize("sigma", (torch.full((2, 2), math.nan), -2 * torch.eye(2), torch.eye(3)))
 def test_impossible_moments_are_refused(sigma):
     with pytest.raises(UserError, match="Frechet distance"):
         frechet_distance(torch.zeros(2), sigma, torch.zeros(2), torch.eye(2))
+
+
+def test_a_little_below_zero_is_zero_and_more_is_an_error():
+    one, below = torch.diag(torch.tensor([1, 1e-12])), lambda v: torch.diag(torch.tensor([1.0, v]))
+    assert frechet_distance(torch.zeros(2), one, torch.zeros(2), below(-1e-4)) == 0  # -0.5e-4 of the trace
+    with pytest.raises(UserError, match="-0.001"):
+        frechet_distance(torch.zeros(2), one, torch.zeros(2), below(-1e-3))
+    zero = torch.zeros(2, 2)
+    assert frechet_distance(torch.zeros(2), zero, torch.ones(2), zero) == 2  # images that are all the same
 
 
 # ---- KID, precision and recall, Inception Score ----
@@ -149,11 +158,11 @@ def test_a_pass_in_batches_is_the_whole(batch, monkeypatch):
     sums = one_pass(source(images, labels), range(33), detect, batch, "cpu", count_shapes=True)
     assert torch.allclose(sums["mu"], features.mean(0)) and sums["right"] == 33
     assert torch.allclose(sums["sigma"], torch.cov(features.T), atol=1e-9)
-    assert torch.allclose(sums["kept"].double(), features[[i * 33 // 10 for i in range(10)]])
+    assert torch.allclose(sums["kept"].double(), features[::4])
 
 
 def test_true_shapes_are_read():
-    images, labels = draw_shapes(1500, 4)
+    images, labels = draw_shapes(1000, 4)
     assert (read_shapes(to_uint8(images)) == labels).float().mean() >= 0.99
     noise = torch.randint(256, (300, 3, 16, 16), dtype=torch.uint8)
     assert (read_shapes(noise) == labels[:300]).float().mean() < 0.2
@@ -207,9 +216,9 @@ def write_images(folder, images):
 def evaluate(place, monkeypatch, tmp_path, capsys):
     """In that folder: -> the results of a command, as fid.json has them; or, where it fails, its one line."""
 
-    def run(*words, fails=False, folder=place):
+    def run(*words, fails=False, folder=place, out="fid.json"):
         monkeypatch.chdir(folder)
-        out = tmp_path / "fid.json"
+        out = tmp_path / out
         words = [*map(str, words), "--device", "cpu", "--out", str(out)]
         if not fails:
             eval_fid.main(words)
@@ -241,7 +250,7 @@ def test_fid_and_inception_score_of_a_generator(evaluate, place):
     score = np.exp((q * np.log(q / q.mean(1, keepdims=True))).sum(2).mean(1))
     expected = {"FID-30": fid, "IS-30": score.mean(), "IS-30 (std of splits)": score.std()}
     assert {name: means(result)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    assert {"KID-30", "precision-30", "recall-30"} < means(result).keys()
+    assert {"KID-30", "precision-inception-30", "recall-inception-30"} < means(result).keys()
     assert result["numbers"] == [[5, 34]] and "class accuracy-30" not in means(result)
     digest = hashlib.sha256((place / "checkpoints" / "inception-2015-12-05.pt").read_bytes()).hexdigest()
     assert result["detector_sha256"] == digest and result["source_sha256"] and result["reference_sha256"]
@@ -283,6 +292,9 @@ def test_statistics_stand_for_their_images(evaluate, place, tmp_path):
     with np.load(tmp_path / "ours.npz") as file:
         assert file["mu"].shape == (6,) and file["sigma"].dtype == np.float64 and file["n"] == 40
         np.savez(place / "checkpoints" / "cifar10-32x32.npz", mu=file["mu"], sigma=file["sigma"])
+    big = IMAGES[:9].repeat(1, 1, 2, 2)
+    write_images(tmp_path / "big", big)  # of CIFAR-10's size, which chooses the reference
+    assert evaluate(tmp_path / "big")["reference"] == "checkpoints/cifar10-32x32.npz"
     for reference in (tmp_path / "ours.npz", "cifar10"):
         result = evaluate("g.pt", reference, "--n", 50)
         assert means(result)["FID-50"] == pytest.approx(direct, rel=1e-6) and "KID-50" not in means(result)
@@ -295,7 +307,7 @@ def test_other_features_are_called_so(features, evaluate, monkeypatch, capsys):
     result = evaluate("g.pt", "--features", features, "--n", 20, "--nfe", 3)
     assert {f"FD-{features}-20", f"KID-{features}-20", "class accuracy-20"} < means(result).keys()
     assert not any("FID" in name for name in means(result)) and "which is not FID" in capsys.readouterr().out
-    assert means(result)["class accuracy-20"] < 0.6 and result["source"] == "g.pt, 3 evaluations"
+    assert means(result)["class accuracy-20"] < 0.6 and result["source"] == "3 evaluations of g.pt"
     true = means(evaluate("shapes", "--features", features, "--n", 200))
     assert true[f"FD-{features}-200"] < 0.3 * means(result)[f"FD-{features}-20"]
     assert true["class accuracy-200"] >= 0.99
@@ -307,17 +319,87 @@ def test_a_run_names_its_teacher(evaluate, place, tmp_path, monkeypatch):
     run.mkdir()
     saved = torch.load(place / "g.pt", weights_only=True)
     torch.save(saved | {"meta": {"teacher": str(edm.EMBEDDED)}}, run / "g_ema.pt")
-    assert evaluate(run, "--features", "teacher", "--n", 3)["source"] == f"{run}, one step"
+    assert evaluate(run, "--features", "teacher", "--n", 3)["source"] == f"{run}, one step from t* = 2.5"
+    with pytest.MonkeyPatch.context() as context:  # beside what it is about
+        context.chdir(tmp_path)
+        eval_fid.main(["run", "--features", "teacher", "--n", "3", "--device", "cpu"])
+    assert len(json.loads((run / "fid.json").read_text())) == 1
     of_run = evaluate(run, "--features", "teacher", "--n", 3, "--nfe", 5)
     of_teacher = evaluate(edm.EMBEDDED, "--features", "teacher", "--n", 3, "--nfe", 5)
     assert means(of_run)["FD-teacher-3"] == means(of_teacher)["FD-teacher-3"]
     assert of_run["source_sha256"] == of_teacher["source_sha256"]
 
 
+def test_interrupted_trials_keep_those_before(evaluate, place, tmp_path, monkeypatch):
+    def interrupted(images, numbers, *args, **kwargs):
+        if numbers[0] == 24:
+            raise KeyboardInterrupt
+        return one_pass(images, numbers, *args, **kwargs)
+
+    monkeypatch.setattr(eval_fid, "one_pass", interrupted)
+    with pytest.raises(SystemExit):
+        evaluate("g.pt", "images", "--n", 12, "--trials", 3)
+    (entry,) = json.loads((tmp_path / "fid.json").read_text())
+    assert entry["numbers"] == [[0, 11], [12, 23]] and len(entry["metrics"]["FID-12"]["trials"]) == 2
+
+
+def test_what_is_measured_is_said_and_done(evaluate, place, tmp_path, capsys, monkeypatch):
+    """t*, an explicit teacher, a .pkl of NVIDIA's, and the detector's SHA-256."""
+    usual, other = [evaluate("g.pt", "images", "--n", 5, "--t-star", t) for t in (2.5, 0.3)]
+    assert means(usual) != means(other) and other["source"].endswith("t* = 0.3")
+    assert means(evaluate("g.pt", "images", "--n", 5)) == means(usual)
+    taught = evaluate("g.pt", "images", "--n", 5, "--nfe", 3, "--teacher", "shapes")
+    assert taught["source"] == "3 evaluations of shapes" and means(taught) != means(usual)
+    digest = usual["detector_sha256"]
+    pkl = evaluate(
+        ROOT / "tests" / "fixtures" / "ddpmpp-uncond.pkl",
+        "images",
+        "--n",
+        4,
+        "--detector-sha256",
+        digest.upper(),
+    )
+    assert pkl["source"].endswith(".pkl, one step from t* = 2.5") and digest in capsys.readouterr().out
+
+
+def test_references_have_seeds_of_their_own(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_fid, "DRAWN", 20)
+    seen, draw = [], eval_fid.draw_shapes
+    monkeypatch.setattr(eval_fid, "draw_shapes", lambda n, seed: seen.append(seed[0]) or draw(n, seed))
+    evaluate("shapes", "--n", 10)
+    assert set(range(10)) < set(seen) and sum(k >= 10**9 for k in seen) == 20 and len(seen) - 20 < 13
+    seen.clear()
+    evaluate("shapes", "--stats", tmp_path / "x.npz", "--n", 10)
+    assert sum(k >= 10**9 for k in seen) == 10
+
+
+def test_few_features_take_the_nuclear_norm(evaluate, monkeypatch):
+    calls = []
+    monkeypatch.setattr(eval_fid, "frechet_distance", lambda *v: calls.append(len(v)) or 0.0)
+    evaluate("g.pt", "images", "--n", 5)
+    monkeypatch.setattr(eval_fid, "KEPT", 39)  # not all of the 40 images are kept
+    evaluate("g.pt", "images", "--n", 5)
+    assert calls == [6, 4]
+
+
+def test_teacher_features_are_its_deepest_level(place):
+    net = edm.load_denoiser(place / "g.pt")[0]
+    deepest = []
+    net.model.enc[list(net.model.enc)[-1]].register_forward_hook(lambda *v: deepest.append(v[2]))
+    x = IMAGES[:4] / 127.5 - 1
+    net(x, 0.2, class_labels=torch.zeros(4, 10))
+    assert torch.allclose(eval_fid.teacher_features(net, x, batch=3), deepest[0].mean((2, 3)), atol=1e-6)
+
+
 def test_results_are_added_and_never_overwritten(evaluate, place, tmp_path):
     evaluate("g.pt", "images", "--n", 12)
     evaluate("g.pt", "images", "--n", 13)
     assert [entry["n"] for entry in json.loads((tmp_path / "fid.json").read_text())] == [12, 13]
+    for other, words in (("settings.json", {"a": 1}), ("fid.txt", []), ("none/fid.json", [])):
+        if other != "none/fid.json":
+            (tmp_path / other).write_text(json.dumps(words))
+        assert other in evaluate("g.pt", "images", out=other, fails=True)
+        assert other == "none/fid.json" or json.loads((tmp_path / other).read_text()) == words
     (tmp_path / "fid.json").write_text("[{")
     assert "fid.json is no list of results" in evaluate("g.pt", "images", "--n", 12, fails=True)
     assert (tmp_path / "fid.json").read_text() == "[{"
@@ -332,7 +414,7 @@ def test_ranks_share_the_samples_and_agree(place):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=place, env=environment, check=True, timeout=120, capture_output=True)
     alone, shared = json.loads((place / "fid.json").read_text())
-    for name in means(alone).keys() - {"images/s"}:
+    for name in means(alone):
         assert means(shared)[name] == pytest.approx(means(alone)[name], rel=1e-9), name
     assert alone["source_sha256"] == shared["source_sha256"] and alone["command"] == shared["command"]
 
@@ -359,10 +441,17 @@ def test_bad_images(kind, message, evaluate, tmp_path):
     assert message in evaluate("images", tmp_path / "bad", fails=True)
 
 
-def test_bad_folders_and_flags(evaluate, place, tmp_path):
+def one_pass_of_few(images, numbers, *args, **kwargs):
+    assert len(numbers) < 100
+    return one_pass(images, numbers, *args, **kwargs)
+
+
+def test_bad_folders_and_flags(evaluate, place, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "one", IMAGES[:1])
     write_images(tmp_path / "large", IMAGES[:2].repeat(1, 1, 4, 4))
+    np.savez(tmp_path / "stats.npz", mu=0)
+    monkeypatch.setattr(eval_fid, "one_pass", one_pass_of_few)  # all of these stop before anything long
     for words, message in (
         ([tmp_path / "empty", "images"], "no .png"),
         ([tmp_path / "one", "images"], "1 images, expected at least 2"),
@@ -381,9 +470,12 @@ def test_bad_folders_and_flags(evaluate, place, tmp_path):
         (["images", "images", "--trials", 3], "--trials"),
         (["g.pt", "images", "--nfe", 4], "odd number"),
         (["g.pt", "images", "--n", 1], "--n"),
-        (["images", "images", "--features", "teacher", "--detector-sha256", "0"], "--detector-sha256"),
         (["images", "images", "--detector-sha256", "0" * 64], "expects another"),
-        (["g.pt", "images", "--stats", "no/such/folder.npz", "--n", 3], "no/such"),
+        (["g.pt", "images", "--nfe", 3, "--t-star", 1], "--t-star"),
+        (["g.pt", "--stats", "no/such/folder.npz"], "in a folder that is there"),
+        (["g.pt", "images", "--stats", "x.npz"], "no reference"),
+        (["g.pt", "--stats", tmp_path / "stats.npz"], "name another"),
+        (["images", tmp_path / "large", "--features", "pixels"], "(3, 64, 64)"),
     ):
         assert message in evaluate(*words, fails=True), words
 
@@ -422,9 +514,9 @@ def test_detectors_that_are_none(evaluate, place, tmp_path, monkeypatch):
     (tmp_path / "nothing.pt").write_bytes(b"")
     monkeypatch.setattr(common.urllib.request, "urlopen", no_network)
     for name, message in (
-        ("linear.pt", "cannot be called"),
-        ("weights.pt", "no TorchScript"),
-        ("nothing.pt", "no TorchScript"),
+        ("linear.pt", "not NVIDIA's Inception"),
+        ("weights.pt", "not NVIDIA's Inception"),
+        ("nothing.pt", "not NVIDIA's Inception"),
         (None, "save it by other means as checkpoints/"),
     ):
         folder = tmp_path / f"with {name}"

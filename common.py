@@ -457,23 +457,30 @@ def draw_shapes(n, seed, size=16, labels=None):
 
 @functools.cache
 def templates(size):
-    """Every shape at six radii and half-pixel steps -> (T, size^2), of mean 0 and norm 1; classes (T,)"""
+    """Every shape at six radii and half-pixel steps -> masks (T, size^2), classes (T,)"""
     masks, labels = [], []
     for label, name in enumerate(SHAPES):
         for radius in np.linspace(*RADII, 6) * size:
             steps = np.linspace(radius, size - radius, round(2 * size - 4 * radius) + 1)
             masks += [draw_shape(name, x, y, radius, 1, 0, size) for x in steps for y in steps]
             labels += [label] * len(steps)**2
-    masks = torch.from_numpy(np.stack(masks)).flatten(1)
-    return F.normalize(masks - masks.mean(1, keepdim=True)), torch.tensor(labels)
+    return torch.from_numpy(np.stack(masks)).flatten(1), torch.tensor(labels)
 
 
 def read_shapes(images):
-    """uint8 (N, 3, H, W) -> the class (N,) of the template that leaves the least squared error in the two
-    colours that suit it best: the one that explains most of the variance."""
+    """uint8 (N, 3, H, W) -> classes (N,), colours and backgrounds (N, 3) in [0, 1]: of the template that, in
+    the two colours that suit it best, leaves the least squared error, and so explains most of the variance."""
     masks, labels = templates(images.shape[-1])
-    explained = [(x.flatten(2).float() @ masks.T).square().sum(1) for x in images.split(100)]
-    return labels[torch.cat([e.argmax(1) for e in explained])]
+    mean = masks.mean(1)
+    centred = masks - mean[:, None]
+    norm, found = centred.norm(dim=1), []
+    for x in images.flatten(2).float().div(255).split(100):
+        along = x @ (centred / norm[:, None]).T  # (B, 3, T)
+        best = along.square().sum(1).argmax(1)
+        contrast = along[torch.arange(len(x)), :, best] / norm[best, None]
+        background = x.mean(2) - contrast * mean[best, None]
+        found.append((labels[best], background + contrast, background))
+    return [torch.cat(column) for column in zip(*found)]
 
 
 # ---- Training ----

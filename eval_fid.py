@@ -273,7 +273,7 @@ def one_pass(images, numbers, detect, batch, device, count_shapes=False):
             split = F.one_hot(((index + 1) * SPLITS - 1) // n, SPLITS).double().T
             new |= {"p": split @ p, "p_log_p": split @ torch.xlogy(p, p).sum(1), "counts": split.sum(1)}
         if count_shapes and labels is not None:
-            new["right"] = (read_shapes(x) == labels).sum()
+            new["right"] = (read_shapes(x)[0] == labels).sum()
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
         kept = torch.zeros(-(-n // every), features.shape[1]) if kept is None else kept
         mine = index % every == 0

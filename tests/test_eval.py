@@ -163,9 +163,13 @@ def test_a_pass_in_batches_is_the_whole(batch, monkeypatch):
 
 def test_true_shapes_are_read():
     images, labels = draw_shapes(1000, 4)
-    assert (read_shapes(to_uint8(images)) == labels).float().mean() >= 0.99
+    classes, colours, backgrounds = read_shapes(to_uint8(images))
+    assert (classes == labels).float().mean() >= 0.99
+    corners = torch.stack([images[:, :, i, j] for i in (0, -1) for j in (0, -1)])  # background, mostly
+    assert ((corners.median(0).values / 2 + 0.5 - backgrounds).abs().amax(1) < 0.05).float().mean() > 0.99
+    assert ((colours - backgrounds).norm(dim=1) > 0.55).float().mean() > 0.99  # as draw_shapes has them
     noise = torch.randint(256, (300, 3, 16, 16), dtype=torch.uint8)
-    assert (read_shapes(noise) == labels[:300]).float().mean() < 0.2
+    assert (read_shapes(noise)[0] == labels[:300]).float().mean() < 0.2
 
 
 # ---- The command ----

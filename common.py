@@ -469,7 +469,7 @@ def templates(size):
 
 def read_shapes(images):
     """uint8 (N, 3, H, W) -> classes (N,), colours and backgrounds (N, 3) in [0, 1]: of the template that, in
-    the two colours that suit it best, leaves the least squared error, and so explains most of the variance."""
+    the two colours that suit it best, leaves the least squared error: it explains most of the variance."""
     masks, labels = templates(images.shape[-1])
     mean = masks.mean(1)
     centred = masks - mean[:, None]

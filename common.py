@@ -673,14 +673,16 @@ def one_line_errors(main):
                 raise
             message, status = f"error: {first_line(error)}: try a smaller --batch, --batch-gpu or --n", 2
         except KeyboardInterrupt as stop:
-            message, status = f"stopped: {stop or 'what was saved is kept'}", 130
+            message, status = f"stopped: {str(stop) or 'what was saved is kept'}", 130
         print(message, file=sys.stderr)
         sys.exit(status)
     return wrapped
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the module docstring as it is."""
+    """Shows defaults where there are some, and the module docstring as it is."""
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
 
 
 class Parser(argparse.ArgumentParser):

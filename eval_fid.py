@@ -84,7 +84,7 @@ def kernel_distance(x, y, subsets=100, size=1000):
     random, values = torch.Generator().manual_seed(0), []
     size = min(size, len(x), len(y))
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1)**3
-    for _ in range(subsets):
+    for _ in progress(range(subsets), "KID"):
         a, b = [v[torch.randperm(len(v), generator=random)[:size]].double() for v in (x, y)]
         within = sum(k.sum() - k.trace() for k in (kernel(a, a), kernel(b, b))) / (size * (size - 1))
         values.append(within - 2 * kernel(a, b).mean())
@@ -96,7 +96,7 @@ def precision_recall(fake, real, k=3):
     either side in the balls around the other's points that reach to their k-th neighbours there."""
     def covered(x, centres):
         near = [torch.cdist(c, centres).kthvalue(min(k + 1, len(centres))).values  # the first is c itself
-                for c in centres.split(1000)]
+                for c in progress(centres.split(1000), "precision and recall")]
         radius = torch.cat(near)
         return torch.cat([(torch.cdist(a, centres) <= radius).any(1) for a in x.split(1000)])
     fake, real = fake.double(), real.double()
@@ -187,8 +187,9 @@ def generated(path, args, device):
         name = f"{path}, one step from t* = {t_star:g}"
         draw = functools.partial(edm.sample_one_step, net, t_star)
     else:
-        name, teacher = f"{args.nfe} evaluations of {named or path}", argparse.Namespace(teacher=named)
+        name, teacher = f"{args.nfe} evaluations of {path}", argparse.Namespace(teacher=named)
         if named:
+            name = f"{args.nfe} evaluations of {named}, teacher of {path}"
             net, digest = edm.load_teacher(teacher)[0], getattr(teacher, "teacher_sha256", None)
         draw = functools.partial(edm.sample_teacher, net, num_steps=(args.nfe + 1) // 2)
     if net.image_shape[0] != 3:
@@ -205,16 +206,17 @@ def generated(path, args, device):
 
 
 def folder_of_images(path):
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg")
+                   and not file.name.startswith("."))
     if not files:
-        raise UserError(f"{path} has no .png or .jpg in it: expected a folder of images or of a run")
+        raise UserError(f"{path} has no .png or .jpg in it, nor a g_ema.pt: expected images, or a run")
     damage = OSError, SyntaxError, ValueError, Image.DecompressionBombError
 
     def read_one(file, size=None):
         expected = f"{file} cannot be read ({{}}): expected an RGB image"
         with blame(expected, *damage), Image.open(file) as image:
             if image.mode != "RGB" or size not in (None, image.size):
-                raise UserError(f"{file} is {image.mode} of {image.size}: expected RGB, all of one size")
+                raise UserError(f"{file} is {image.mode}, {image.size}: expected RGB, {size or 'one size'}")
             return np.array(image)
 
     height, width, _ = read_one(files[0]).shape
@@ -224,15 +226,14 @@ def folder_of_images(path):
 
 
 def read_npz(path):
-    damaged = f"{path} cannot be read ({{}}): expected an .npz file of arrays"
-    with blame(damaged, Exception), np.load(path) as file:
+    with blame(f"{path} cannot be read: expected an .npz of arrays", Exception), np.load(path) as file:
         return {name: file[name] for name in file.files}
 
 
 def array_of_images(path):
     arrays = read_npz(path)
     found = [v for v in arrays.values() if v.dtype == np.uint8 and v.ndim == 4 and v.shape[-1] == 3]
-    if len(found) != 1:
+    if len(found) != 1 or not len(found[0]):
         holds = ", ".join(f"{name} {v.dtype} {v.shape}" for name, v in arrays.items())
         raise UserError(f"{path} holds {holds}: expected one array of images, uint8 (N, H, W, 3)")
     read = lambda numbers: (channels_first(found[0][numbers]), None)
@@ -252,8 +253,9 @@ def open_images(name):
         return folder_of_images(path)
     if path.suffix == ".npz":
         return array_of_images(path)
-    raise UserError(f"{name} is not there, or no images: expected a folder of images, an .npz or shapes; to "
-                    "evaluate, a run's folder or a checkpoint (.pt, .pkl) too")
+    what = "holds no images" if path.exists() else "is not there"
+    raise UserError(f"{name} {what}: expected a folder of images, an .npz or shapes; to evaluate, a run's "
+                    "folder or a checkpoint (.pt, .pkl) too")
 
 
 # ---- One pass ----
@@ -265,7 +267,8 @@ def one_pass(images, numbers, detect, batch, device, count_shapes=False):
     if n < max(2, ranks):
         raise UserError(f"{images.name}: {n} images, expected at least {max(2, ranks)}")
     sums, kept, every = {}, None, -(-n // KEPT)  # keep one in so many: files may be sorted by class
-    for index in progress(torch.arange(n).split(min(batch, n // ranks))[rank::ranks], images.name):
+    batches = torch.arange(n).split(min(batch, n // ranks))[rank::ranks]
+    for index in progress(batches, f"{images.name}, batch"):
         x, labels = images.read([numbers[i] for i in index])
         features, p = [v if v is None else v.cpu().double() for v in detect(x.to(device))]
         new = {"x": features.sum(0), "xx": features.T @ features}
@@ -295,6 +298,8 @@ def load_reference(args, images, dim, digest, measure):
                             f"({dim}, {dim}) of {args.features} features")
         if str(arrays.get("detector_sha256", digest)) != str(digest):
             raise UserError(f"{path} was made with another detector: write it anew with --stats")
+        if not all(v.dtype.kind == "f" and np.isfinite(v).all() for v in (arrays["mu"], arrays["sigma"])):
+            raise UserError(f"{path} has values that are not finite numbers: get it again")
         return arrays, {"reference": str(path), "reference_sha256": sha256(path)}
     real = open_images(args.reference)
     if args.features != "inception" and real.shape != images.shape:  # Inception resizes what it sees
@@ -365,6 +370,8 @@ def settle(args, images, checkpoint):
              f"images of {size}: --features teacher expects 3 x 16 x 16"),
             (args.features == "pixels" and math.prod(images.shape) > 4096,
              f"images of {size}: --features pixels expects at most 4096 numbers in an image"),
+            (args.reference == "cifar10" and args.features != "inception",
+             "cifar10 is statistics of Inception's features"),
             (args.stats and (args.reference or args.trials > 1), "--stats takes no reference or --trials"),
             (args.stats and written.exists(), f"{written} is there: name another --stats"),
             (written.suffix != (".npz" if args.stats else ".json") or not written.parent.is_dir(),
@@ -416,7 +423,7 @@ def main(argv=None):
     reference, facts = load_reference(args, images, detect(x)[0].shape[1], digest, measure)
     facts |= {"source": images.name, "source_sha256": images.sha256, "n": args.n, "features": args.features,
               "detector_sha256": digest, "command": f"python eval_fid.py {shlex.join(words)}",
-              "date": str(date.today()), "numbers": []}
+              "date": str(date.today()), "seeds": []}
     evaluate(args, images, reference, facts, earlier, measure)
 
 
@@ -427,13 +434,14 @@ def evaluate(args, images, reference, facts, earlier, measure):
         begun, numbers = time.time(), range(args.seed + trial * args.n, args.seed + (trial + 1) * args.n)
         got = measure(images, numbers, count_shapes=shapes)
         facts["images_s"] = args.n / (time.time() - begun)  # the features and the check of classes included
-        facts["numbers"].append([numbers[0], numbers[-1]])
+        facts["seeds"].append([numbers[0], numbers[-1]])
         if world()[0] == 0:  # the others have their next samples to draw
             trials.append(metrics(got, reference, args.features))
             facts["metrics"] = summarise(trials)
             save([*earlier, facts], args.out)
     note = "" if args.features == "inception" else f"; in {args.features} features, which is not FID"
-    print(f"{images.name}: {args.n} images against {facts['reference']}{note}")
+    count = facts.get("reference_n", "mu and sigma")
+    print(f"{images.name}: {args.n} images against {facts['reference']} ({count}){note}")
     for name, v in facts.get("metrics", {}).items():
         spread = f" +- {v['std']:.2g}: {v['trials']}" if len(trials) > 1 else ""
         print(f"  {name:34}{v['mean']:.4g}{spread}")

@@ -255,7 +255,7 @@ def test_fid_and_inception_score_of_a_generator(evaluate, place):
     expected = {"FID-30": fid, "IS-30": score.mean(), "IS-30 (std of splits)": score.std()}
     assert {name: means(result)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert {"KID-30", "precision-inception-30", "recall-inception-30"} < means(result).keys()
-    assert result["numbers"] == [[5, 34]] and "class accuracy-30" not in means(result)
+    assert result["seeds"] == [[5, 34]] and "class accuracy-30" not in means(result)
     digest = hashlib.sha256((place / "checkpoints" / "inception-2015-12-05.pt").read_bytes()).hexdigest()
     assert result["detector_sha256"] == digest and result["source_sha256"] and result["reference_sha256"]
 
@@ -283,7 +283,7 @@ def test_neither_batches_nor_folders_nor_arrays_change_the_number(evaluate, plac
 def test_trials_have_seeds_of_their_own(evaluate):
     result = evaluate("g.pt", "images", "--n", 12, "--trials", 3)
     fid = result["metrics"]["FID-12"]
-    assert result["numbers"] == [[0, 11], [12, 23], [24, 35]] and len(set(fid["trials"])) == 3
+    assert result["seeds"] == [[0, 11], [12, 23], [24, 35]] and len(set(fid["trials"])) == 3
     assert fid["std"] == pytest.approx(np.std(fid["trials"], ddof=1))
     again = evaluate("g.pt", "images", "--n", 12, "--seed", 24)
     assert means(again)["FID-12"] == pytest.approx(fid["trials"][2], rel=1e-6)
@@ -344,7 +344,7 @@ def test_interrupted_trials_keep_those_before(evaluate, place, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         evaluate("g.pt", "images", "--n", 12, "--trials", 3)
     (entry,) = json.loads((tmp_path / "fid.json").read_text())
-    assert entry["numbers"] == [[0, 11], [12, 23]] and len(entry["metrics"]["FID-12"]["trials"]) == 2
+    assert entry["seeds"] == [[0, 11], [12, 23]] and len(entry["metrics"]["FID-12"]["trials"]) == 2
 
 
 def test_what_is_measured_is_said_and_done(evaluate, place, tmp_path, capsys, monkeypatch):
@@ -353,7 +353,7 @@ def test_what_is_measured_is_said_and_done(evaluate, place, tmp_path, capsys, mo
     assert means(usual) != means(other) and other["source"].endswith("t* = 0.3")
     assert means(evaluate("g.pt", "images", "--n", 5)) == means(usual)
     taught = evaluate("g.pt", "images", "--n", 5, "--nfe", 3, "--teacher", "shapes")
-    assert taught["source"] == "3 evaluations of shapes" and means(taught) != means(usual)
+    assert taught["source"] == "3 evaluations of shapes, teacher of g.pt" and means(taught) != means(usual)
     digest = usual["detector_sha256"]
     pkl = evaluate(
         ROOT / "tests" / "fixtures" / "ddpmpp-uncond.pkl",
@@ -437,7 +437,12 @@ def spoil(folder, kind):
 
 @pytest.mark.parametrize(
     "kind, message",
-    (("grey", "zzz.png is L of"), ("alpha", "RGBA"), ("large", "(20, 16)"), ("truncated", "cannot be read")),
+    (
+        ("grey", "zzz.png is L, ("),
+        ("alpha", "RGBA"),
+        ("large", "(20, 16): expected RGB, (16, 16)"),
+        ("truncated", "cannot be read"),
+    ),
 )
 def test_bad_images(kind, message, evaluate, tmp_path):
     spoil(tmp_path / "bad", kind)
@@ -464,9 +469,10 @@ def test_bad_folders_and_flags(evaluate, place, tmp_path, monkeypatch):
         (["g.pt", "missing.npz"], "missing.npz"),
         (["missing.pt", "images"], "does not exist"),
         (["images", "images", "--n", 41], "holds 40 images"),
+        (["images", "cifar10", "--features", "pixels"], "Inception's"),
         (["images", "images", "--nfe", 35], "--nfe"),
         (["shapes", "shapes", "--nfe", 35], "--nfe"),
-        (["g.pt", "g.pt"], "g.pt is not there, or no images"),
+        (["g.pt", "g.pt"], "g.pt holds no images"),
         (["images", "--stats", "x.pt"], "expected an .npz"),
         ([tmp_path / "large", "images", "--features", "pixels"], "at most 4096"),
         ([tmp_path / "large", "images", "--features", "teacher"], "expects 3 x 16 x 16"),
@@ -489,6 +495,8 @@ def test_bad_arrays(evaluate, tmp_path):
     images = IMAGES.permute(0, 2, 3, 1).numpy()
     for arrays, message in (
         ({"images": images[..., :1]}, "expected one array of images"),
+        ({"images": images[:0]}, "expected one array of images"),
+        ({"mu": np.zeros(6, dtype=complex), "sigma": np.eye(6)}, "not finite numbers"),
         ({"images": images.astype(np.float32) * np.nan}, "expected one array of images"),
         ({"a": images, "b": images}, "a uint8 (40, 16, 16, 3), b uint8"),
         ({"mu": np.zeros(6)}, "expected mu (6,) and sigma (6, 6)"),

@@ -457,28 +457,29 @@ def draw_shapes(n, seed, size=16, labels=None):
 
 @functools.cache
 def templates(size):
-    """Every shape at six radii and half-pixel steps -> masks (T, size^2), classes (T,)"""
+    """Every shape at six radii and half-pixel steps -> classes (T,); means and norms (T, 1) of their
+    masks; and those masks (T, size^2) with mean 0 and norm 1."""
     masks, labels = [], []
     for label, name in enumerate(SHAPES):
         for radius in np.linspace(*RADII, 6) * size:
             steps = np.linspace(radius, size - radius, round(2 * size - 4 * radius) + 1)
             masks += [draw_shape(name, x, y, radius, 1, 0, size) for x in steps for y in steps]
             labels += [label] * len(steps)**2
-    return torch.from_numpy(np.stack(masks)).flatten(1), torch.tensor(labels)
+    masks = torch.from_numpy(np.stack(masks)).flatten(1)
+    mean = masks.mean(1, keepdim=True)
+    norm = (masks - mean).norm(dim=1, keepdim=True)
+    return torch.tensor(labels), mean, norm, (masks - mean) / norm
 
 
 def read_shapes(images):
-    """uint8 (N, 3, H, W) -> classes (N,), colours and backgrounds (N, 3) in [0, 1]: of the template that, in
-    the two colours that suit it best, leaves the least squared error: it explains most of the variance."""
-    masks, labels = templates(images.shape[-1])
-    mean = masks.mean(1)
-    centred = masks - mean[:, None]
-    norm, found = centred.norm(dim=1), []
+    """uint8 (N, 3, H, W) -> classes (N,), colours and backgrounds (N, 3), about [0, 1], of the template that
+    leaves the least squared error in the two colours that suit it best: it explains most of the variance."""
+    (labels, mean, norm, masks), found = templates(images.shape[-1]), []
     for x in images.flatten(2).float().div(255).split(100):
-        along = x @ (centred / norm[:, None]).T  # (B, 3, T)
+        along = x @ masks.T  # (B, 3, T)
         best = along.square().sum(1).argmax(1)
-        contrast = along[torch.arange(len(x)), :, best] / norm[best, None]
-        background = x.mean(2) - contrast * mean[best, None]
+        contrast = along[torch.arange(len(x)), :, best] / norm[best]
+        background = x.mean(2) - contrast * mean[best]
         found.append((labels[best], background + contrast, background))
     return [torch.cat(column) for column in zip(*found)]
 

@@ -15,7 +15,6 @@ import importlib
 import io
 import math
 import pickletools
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -24,24 +23,22 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from common import (SHAPES, Block, Log, Parser, Speed, Stop, UserError, accumulate, add_method_arguments,
-                    add_run_arguments, adopt, annealed, atomic, batch_sum, blame, draw_latents, draw_shapes,
-                    dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid, lambda_edm,
-                    load_generator, make_distance, make_generator_loss, make_unet, matmul_peak, memory,
-                    my_share, now, number, one_line_errors, open_run, p_edm, p_karras, pick_device, plot_log,
-                    replicate, require, resume, save, save_generator, save_if_due, save_picture, seed_step,
-                    sha256, to_uint8, train_only, world)
+from common import (SHAPES, Block, Log, Parser, Speed, UserError, accumulate, add_image_arguments,
+                    add_method_arguments, add_run_arguments, adopt, annealed, atomic, batch_sum, bench, blame,
+                    count_flops, draw_latents, draw_shapes, dsm_loss, edm_sampler, ema_beta, ema_update,
+                    fetch, image_grid, lambda_edm, load_generator, make_distance, make_generator_loss,
+                    make_unet, my_share, number, one_line_errors, open_run, p_edm, p_karras, pick_device,
+                    plot_log, replicate, reporter, require, resume, save, save_generator, save_picture,
+                    seed_step, settle, sha256, to_uint8, train_edm, train_only, world)
 from eval_fid import frechet_distance, moments, teacher_features
 
 # ---- Settings ----
 PAPER = {  # Table 5, (B.5)-(B.10); what the paper leaves open (steps, EMA, dropout, eps) as in SiD's code
     "method": "sim", "sid_alpha": 1.0, "steps": 2_000_000, "batch": 256, "lr": 1e-5, "anneal": "none",
     "t_star": 2.5, "p_theta": "lognormal", "p_mean": -3.5, "p_std": 2.5, "psi_mean": -1.2, "psi_std": 1.2,
-    "psi_updates": 1, "ema_half_life": 5e5, "dropout": 0.13, "adam_eps": 1e-8, "save_every": 1000,
-    "log_every": 50}
+    "psi_updates": 1, "ema_half_life": 5e5, "dropout": 0.13, "adam_eps": 1e-8, "amp": "none",
+    "save_every": 1000, "log_every": 50}
 PRESETS = {"paper": PAPER,
            "sid": PAPER | {"method": "sid", "sid_alpha": 1.2, "p_theta": "karras"},  # SiD's code
            "shapes": PAPER | {  # measured (README): so small an image needs more of the large t
@@ -249,34 +246,18 @@ def load_teacher(args):
 
 
 def train_teacher(args, folder, device):
-    """A diffusion model of the shapes by EDM's recipe (Karras et al. 2022, section 5): dsm_loss, p_edm, EMA.
-    A tenth of the labels is dropped, so that it serves without labels too. -> teacher.pt in the folder"""
-    if world()[1] > 1:
-        raise UserError("--train-teacher is for one process: start it without torchrun")
+    """A diffusion model of the shapes. A tenth of the labels is dropped, so that it serves without labels
+    too. -> teacher.pt in the folder"""
     torch.manual_seed(args.seed)
     net = make_unet(**SHAPES_NET).to(device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.model.label_dropout = 0.1
-    optimiser = torch.optim.Adam(net.parameters(), fused=True)
-    log, stop = Log(folder / "log.jsonl", args.steps), Stop()
-    parts = {"net": net, "ema": ema, "optimiser": optimiser, "log": log}
-    resume(folder, parts)
-    while log.step < args.steps:
-        optimiser.param_groups[0]["lr"] = min(1, (log.step + 1) / 200) * annealed(args, log.step)
-        seed_step(args.seed, log.step)
-        images, labels = draw_shapes(args.batch, [args.seed, log.step])
+
+    def batch(step):
+        images, labels = draw_shapes(args.batch, [args.seed, step])
         labels = F.one_hot(labels, len(SHAPES)).float().to(device)
-        t = p_edm((args.batch, 1, 1, 1), device=device)
-        loss = dsm_loss(given_labels(net, labels, args.amp), images.to(device), t)
-        log.add(loss=loss)
-        optimiser.zero_grad()
-        loss.mean().backward()
-        optimiser.step()
-        ema_update(ema, net, ema_beta(log.step * args.batch, args.batch, args.ema_half_life))
-        log.advance()
-        if log.step % args.log_every == 0:
-            log.write()
-        save_if_due(args, folder, parts, stop)
+        return given_labels(net, labels, args.amp), images
+
+    ema = train_edm(args, folder, net, torch.optim.Adam(net.parameters(), fused=True), batch)
     meta = measure_teacher(args, ema.half().float())  # with the weights as they are stored
     save_generator(folder / "teacher.pt", ema.half(), SHAPES_NET, PAPER["t_star"], **meta)
     print(f"next: python 02_edm_cifar.py --teacher {folder}/teacher.pt --preset shapes")
@@ -399,16 +380,15 @@ def train(args, d_q, parts, report):
 
 
 def passes(args):
-    """The cost of an update of both, in forwards: a backward is two, or one where weights are frozen."""
-    return args.psi_updates * (1 + 3) + (3 + 2 + 2 if args.method != "di" else 3 + 1 + 1)
+    """psi's and theta's updates, in forwards: a backward is two, or one where weights are frozen."""
+    return args.psi_updates * (1 + 3), (3 + 2 + 2 if args.method != "di" else 3 + 1 + 1)
 
 
 def forward_flops(net):
     """FLOPs of the network for one image, as torch counts them."""
     x = torch.zeros(1, *net.image_shape, device=next(net.parameters()).device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        given_labels(net, x.new_zeros(1, net.label_dim))(x, torch.ones_like(x[:, :1, :1, :1]))
-    return counter.get_total_flops()
+    denoiser = given_labels(net, x.new_zeros(1, net.label_dim))
+    return count_flops(lambda: denoiser(x, torch.ones_like(x[:, :1, :1, :1])))
 
 
 def picture(columns, rows=10, zoom=3):
@@ -424,10 +404,10 @@ def picture(columns, rows=10, zoom=3):
 def distil(args, folder, d_q, teacher_meta):
     """Train, with a log, pictures and checkpoints as it goes; then teacher and one step side by side."""
     (folder / "samples").mkdir(exist_ok=True)
-    parts, stop, device = prepare(args, folder, d_q), Stop(), next(d_q.parameters()).device
+    parts, device = prepare(args, folder, d_q), next(d_q.parameters()).device
     g, log = parts["g_ema"], parts["log"]
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
-    speed = Speed(log.step, args.batch, passes(args) * forward_flops(d_q), device, dtype)
+    speed = Speed(log.step, args.batch, sum(passes(args)) * forward_flops(d_q), device, dtype)
     by_rows = [row % d_q.label_dim for row in range(10) for _ in range(8)] if d_q.label_dim else None
     shown = [v.to(device) for v in draw_latents(range(80), d_q.image_shape, d_q.label_dim, by_rows)]
     tested = [v.to(device) for v in draw_latents(range(FD_IMAGES), d_q.image_shape, d_q.label_dim)]
@@ -446,17 +426,7 @@ def distil(args, folder, d_q, teacher_meta):
             keep("g_best.pt")
         return {"fd": fd}
 
-    def report():
-        due = log.step in {round(args.steps * (i / 12)**2) for i in range(13)}
-        if due or log.step % args.log_every == 0:
-            values = speed.read(log.step)
-            log.write(**values, **(look() if due and world()[0] == 0 else {}))
-            speed.restart()
-        save_if_due(args, folder, parts, stop, keep)
-
-    if log.new:
-        report()
-    train(args, d_q, parts, report)
+    train(args, d_q, parts, reporter(args, folder, parts, speed, look, keep))
     if world()[0] == 0:
         summarise(args, folder, d_q, teacher_meta, g, log, shown)
 
@@ -523,36 +493,13 @@ def sample(args, device):
     print(f"{args.n} images ({' | '.join(columns)}): {out}")
 
 
-def bench(args, d_q):
+def time_updates(args, d_q):
     """--bench: the teacher's forward and both updates as `train` does them, and their use of the machine."""
-    device, steps = next(d_q.parameters()).device, args.steps
-    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+    device = next(d_q.parameters()).device
     x = torch.randn(args.batch_gpu, *d_q.image_shape, device=device)
-    labels = x.new_zeros(args.batch_gpu, d_q.label_dim)
-    forward = []
-    for _ in range(steps + 2):
-        begun = now(device)
-        with torch.no_grad():
-            given_labels(d_q, labels, args.amp)(x, torch.ones_like(x[:, :1, :1, :1]))
-        forward.append((now(device) - begun) / args.batch_gpu)
-    args.steps, times = steps + 1, []
-    with tempfile.TemporaryDirectory() as folder:
-        parts = prepare(args, Path(folder), d_q)
-        for optimiser in (parts["opt_psi"], parts["opt_theta"]):
-            optimiser.register_step_post_hook(lambda *_: times.append(now(device)))
-        train(args, d_q, parts, lambda: None)
-    ends = np.array(times).reshape(-1, args.psi_updates + 1) / args.batch  # of psi's updates, and of theta's
-    psi, theta = np.median(ends[1:, -2] - ends[:-1, -1]), np.median(ends[1:, -1] - ends[1:, -2])
-    flops, peak, forward = forward_flops(d_q), matmul_peak(device, dtype), np.median(forward[2:])
-    print(f"{'':24}ms/image  images/s   GFLOP/s  of the peak  forwards")
-    for name, seconds, cost in (("teacher's forward", forward, 1), ("psi update", psi, 4 * args.psi_updates),
-                                ("theta update", theta, passes(args) - 4 * args.psi_updates),
-                                ("both", psi + theta, passes(args))):
-        rate = flops * cost / seconds
-        print(f"{name:22}{1e3 * seconds:10.3f}{1 / seconds:10.1f}{rate / 1e9:10.1f}{rate / peak:12.1%}"
-              f"{seconds / forward:8.2f} ({cost})")
-    print(f"peak {peak / 1e9:.0f} GFLOP/s in {dtype}; {flops / 1e9:.2f} GFLOP an image; "
-          f"{memory(device):.2f} GiB; batch {args.batch} in micro-batches of {args.batch_gpu}")
+    denoiser = given_labels(d_q, x.new_zeros(args.batch_gpu, d_q.label_dim), args.amp)
+    bench(args, device, lambda: denoiser(x, torch.ones_like(x[:, :1, :1, :1])), forward_flops(d_q),
+          passes(args), partial(prepare, d_q=d_q), partial(train, args, d_q))
 
 
 # ---- The command line ----
@@ -577,32 +524,11 @@ def parse(argv):
     add_run_arguments(parser, n=64)
     parser.add_argument("--p-theta", choices=("lognormal", "karras"), help="g's times: (B.10) or (B.8)")
     parser.add_argument("--dropout", type=number(float, strict=False), help="while learning (SiD: 0.13)")
-    parser.add_argument("--adam-eps", type=number(float), help="of both Adams")
-    parser.add_argument("--batch-gpu", type=number(int), help="samples at once; gradients accumulate")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="autocast of the networks")
-    parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the networks")
-    parser.add_argument("--log-every", type=number(int), help="steps between log lines")
+    add_image_arguments(parser)
     parser.add_argument("--classes", type=classes, help="of --sample, as 0,3,7, in turn; random unless given")
     parser.add_argument("--teacher-sample", action="store_true", help="--sample: the teacher's beside")
-    parser.add_argument("--train-teacher", action="store_true", help="make the embedded teacher anew")
     parser.add_argument("--convert", nargs=2, metavar=("PKL", "PT"), help="write NVIDIA's .pkl in plain form")
-    parser.add_argument("--bench", action="store_true", help="only time the updates, at these sizes")
     return parser.parse_args(argv)
-
-
-def settle(args):
-    """Fill what the command line left open from the preset. UserError for sizes that do not divide."""
-    args.preset = args.preset or ("shapes" if args.teacher == "shapes" else "paper")
-    for name, value in PRESETS["teacher" if args.train_teacher else args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    ranks = world()[1]
-    if args.dropout >= 1:
-        raise UserError(f"--dropout {args.dropout}: expected a number below 1")
-    if args.batch % ranks:
-        raise UserError(f"--batch {args.batch} for {ranks} processes: expected a multiple of {ranks}")
-    args.batch_gpu = min(args.batch_gpu or args.batch, args.batch // ranks)
 
 
 def convert(source, target):
@@ -623,7 +549,7 @@ def main(argv=None):
     if args.sample is not None:
         return sample(args, device)
     if args.train_teacher:
-        settle(args)
+        settle(args, PRESETS["teacher"])
         args.out = args.out or "runs/shapes_teacher"
         return train_teacher(args, open_run(args, IGNORE), device)
     args.teacher = choose_teacher(device) if args.teacher == "auto" else args.teacher
@@ -634,10 +560,12 @@ def main(argv=None):
     d_q = d_q.to(device)
     if args.amp == "bf16":
         d_q = d_q.to(memory_format=torch.channels_last)  # the layout of the fastest bfloat16 convolutions
+    args.preset = args.preset or ("shapes" if args.teacher == "shapes" else "paper")
+    settle(args, PRESETS[args.preset] | ({"steps": 3} if args.bench else {}))
+    if args.dropout >= 1:
+        raise UserError(f"--dropout {args.dropout}: expected a number below 1")
     if args.bench:
-        args.steps = args.steps or 3
-        return settle(args) or bench(args, d_q)
-    settle(args)
+        return time_updates(args, d_q)
     name = args.teacher.replace(":", ".") if ":" in args.teacher else Path(args.teacher).stem
     args.out = args.out or f"runs/{name}-{args.method}-{args.distance}-{args.seed}"
     distil(args, open_run(args, IGNORE), d_q, meta)

@@ -6,6 +6,7 @@ Shapes: data x is (B, ...) of any rank; a time t is (B, 1, ..., 1), to broadcast
 A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, its conditions (class, prompt) closed over.
 """
 import argparse
+import copy
 import fcntl
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import pickle
 import resource
 import signal
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -33,7 +35,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -181,13 +185,18 @@ def di_loss(d_psi, d_q, x_0, t, eps=None):
     return batch_sum(y_t * x_0), y_t
 
 
+def sampling_times(num_steps, sigma_min=0.002, sigma_max=80, rho=7):
+    """A sampler's falling times and a last 0, as floats: Karras et al. 2022, (5)."""
+    step = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    t = (sigma_max**(1 / rho) + step * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
+    return [*t.tolist(), 0.0]
+
+
 @torch.no_grad()
-def edm_sampler(denoise, z, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7):
+def edm_sampler(denoise, z, num_steps=18, **span):
     """Heun's method: Karras et al. 2022, Algorithm 2 without churn; 2 num_steps - 1 evaluations of denoise.
     z (B, ...) is standard normal. x is kept in float64 where the device has it; denoise sees z's dtype."""
-    step = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    t = (sigma_max**(1 / rho) + step * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho  # their (5)
-    t = [*t.tolist(), 0.0]
+    t = sampling_times(num_steps, **span)
 
     def slope(x, t):  # dx/dt of the probability flow
         return (x - denoise(x.to(z.dtype), z.new_full((len(z), *[1] * (z.ndim - 1)), t))) / t
@@ -200,6 +209,21 @@ def edm_sampler(denoise, z, num_steps=18, sigma_min=0.002, sigma_max=80, rho=7):
             x_next = x + (t_next - t_cur) * (d_cur + slope(x_next, t_next)) / 2
         x = x_next
     return x.to(z.dtype)
+
+
+@torch.no_grad()
+def dpm_solver(denoise, z, num_steps=14, **span):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) in EDM's form, where alpha = 1 and lambda = -log t:
+    num_steps evaluations of denoise, each step led by the last two. z (B, ...) is standard normal."""
+    t = sampling_times(num_steps, **span)
+    x, d_last = t[0] * z, None
+    for i in range(num_steps):
+        d = ahead = denoise(x, z.new_full((len(z), *[1] * (z.ndim - 1)), t[i]))
+        if 0 < i < num_steps - 1:
+            r = math.log(t[i - 1] / t[i]) / math.log(t[i] / t[i + 1])
+            ahead = d + (d - d_last) / (2 * r)
+        x, d_last = ahead + t[i + 1] / t[i] * (x - ahead), d
+    return x
 
 
 # ---- Networks ----
@@ -490,6 +514,31 @@ def annealed(args, step):
     return args.lr * (1 - step / args.steps if args.anneal == "linear" else 1)
 
 
+def train_edm(args, folder, net, optimiser, batch):
+    """A diffusion model by EDM's recipe (Karras et al. 2022, section 5): dsm_loss, p_edm, EMA, resumable.
+    batch(step) -> net with the step's conditions closed over, and x_0. -> the average of net, in eval mode"""
+    ema, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
+    log, stop = Log(folder / "log.jsonl", args.steps), Stop()
+    parts = {"net": net, "ema": ema, "optimiser": optimiser, "log": log}
+    resume(folder, parts)
+    while log.step < args.steps:
+        optimiser.param_groups[0]["lr"] = min(1, (log.step + 1) / 200) * annealed(args, log.step)
+        seed_step(args.seed, log.step)
+        denoiser, x_0 = batch(log.step)
+        t = p_edm((args.batch, *[1] * (x_0.ndim - 1)), args.psi_mean, args.psi_std, device=device)
+        loss = dsm_loss(denoiser, x_0.to(device), t)
+        log.add(loss=loss)
+        optimiser.zero_grad()
+        loss.mean().backward()
+        optimiser.step()
+        ema_update(ema, net, ema_beta(log.step * args.batch, args.batch, args.ema_half_life))
+        log.advance()
+        if log.step % args.log_every == 0:
+            log.write()
+        save_if_due(args, folder, parts, stop)
+    return ema
+
+
 def train_only(net, frozen):
     """For a phase of Algorithm 2: net learns, in train mode; frozen gets no weight gradients, in eval mode.
     Its output is still differentiated with respect to its input, as (B.13) needs."""
@@ -596,6 +645,13 @@ def pick_device(name="auto"):
 
 
 # ---- Speed ----
+def count_flops(forward):
+    """FLOPs of forward(), as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        forward()
+    return counter.get_total_flops()
+
+
 def matmul_peak(device, dtype, tries=5):
     """FLOP/s of the best of some square matrix products: what this machine can do at most."""
     size = 8192 if device.type == "cuda" else 1536
@@ -636,6 +692,35 @@ class Speed:
         self.restart()
         return {"images": step * self.batch, "images_s": images / seconds,
                 "peak_share": images * self.flops / seconds / self.peak, "memory_gib": memory(self.device)}
+
+
+def bench(args, device, forward, flops, costs, prepare, train):
+    """--bench: a teacher's forward() of a micro-batch, which takes so many flops an image, and both updates,
+    as prepare(args, folder) -> parts and train(parts, report) do them, with their costs in forwards."""
+    once, times, steps = [], [], args.steps
+    for _ in range(steps + 2):
+        begun = now(device)
+        with torch.no_grad():
+            forward()
+        once.append((now(device) - begun) / args.batch_gpu)
+    args.steps = steps + 1  # the first is a warm-up
+    with tempfile.TemporaryDirectory() as folder:
+        parts = prepare(args, Path(folder))
+        for optimiser in (parts["opt_psi"], parts["opt_theta"]):
+            optimiser.register_step_post_hook(lambda *_: times.append(now(device)))
+        train(parts, lambda: None)
+    ends = np.array(times).reshape(-1, args.psi_updates + 1) / args.batch  # of psi's updates, and of theta's
+    psi, theta = np.median(ends[1:, -2] - ends[:-1, -1]), np.median(ends[1:, -1] - ends[1:, -2])
+    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+    peak, once = matmul_peak(device, dtype), np.median(once[2:])
+    print(f"{'':24}ms/image  images/s   GFLOP/s  of the peak  forwards")
+    for name, seconds, cost in (("teacher's forward", once, 1), ("psi update", psi, costs[0]),
+                                ("theta update", theta, costs[1]), ("both", psi + theta, sum(costs))):
+        rate = flops * cost / seconds
+        print(f"{name:22}{1e3 * seconds:10.3f}{1 / seconds:10.1f}{rate / 1e9:10.1f}{rate / peak:12.1%}"
+              f"{seconds / once:8.2f} ({cost})")
+    print(f"peak {peak / 1e9:.0f} GFLOP/s in {dtype}; {flops / 1e9:.2f} GFLOP an image; "
+          f"{memory(device):.2f} GiB; batch {args.batch} in micro-batches of {args.batch_gpu}")
 
 
 # ---- Errors and the command line ----
@@ -745,6 +830,31 @@ def add_run_arguments(parser, **defaults):
     group.add_argument("--sample", metavar="CKPT", help="only draw from a run: its folder, or its g_ema.pt")
     group.add_argument("--n", type=number(int), help="how many samples --sample draws")
     parser.set_defaults(**defaults)
+
+
+def add_image_arguments(parser):
+    """What a run on images needs besides: the same in stages 2 and 3."""
+    parser.add_argument("--adam-eps", type=number(float), help="of both Adams")
+    parser.add_argument("--batch-gpu", type=number(int), help="samples at once; gradients accumulate")
+    parser.add_argument("--amp", choices=("none", "bf16"), help="autocast of the networks")
+    parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the networks")
+    parser.add_argument("--log-every", type=number(int), help="steps between log lines")
+    parser.add_argument("--train-teacher", action="store_true", help="make the embedded teacher anew")
+    parser.add_argument("--bench", action="store_true", help="only time the updates, at these sizes")
+
+
+def settle(args, preset):
+    """Fill what the command line left open from the preset. UserError for sizes that do not divide."""
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    ranks = world()[1]
+    if args.batch % ranks:
+        raise UserError(f"--batch {args.batch} for {ranks} processes: expected a multiple of {ranks}")
+    if args.train_teacher and ranks > 1:
+        raise UserError("--train-teacher is for one process: start it without torchrun")
+    args.batch_gpu = min(args.batch_gpu or args.batch, args.batch // ranks)
 
 
 def make_distance(args):
@@ -1032,6 +1142,25 @@ class Log:
         self.bar.update()
         if self.step == self.steps:
             self.bar.close()
+
+
+def reporter(args, folder, parts, speed, look, keep):
+    """What train() calls after each step: a log line where one is due, thirteen of them over the run with
+    look()'s figures, and the checkpoint, with keep(name) for the generator."""
+    log = parts["log"]
+
+    def report():
+        due = log.step in {round(args.steps * (i / 12)**2) for i in range(13)}
+        if due or log.step % args.log_every == 0:
+            values = speed.read(log.step)
+            log.write(**values, **(look() if due and world()[0] == 0 else {}))
+            speed.restart()
+        save_if_due(args, folder, parts, stop, keep)
+
+    stop = Stop()
+    if log.new:
+        report()
+    return report
 
 
 def progress(items, name):

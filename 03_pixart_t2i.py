@@ -14,10 +14,12 @@ import copy
 import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import tempfile
 import textwrap
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +30,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import transformers
 from einops import rearrange
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -38,12 +41,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-import transformers
-from transformers import (AutoProcessor, AutoTokenizer, ByT5Tokenizer, CLIPModel, T5Config,
-                          T5EncoderModel)
+from transformers import AutoProcessor, AutoTokenizer, ByT5Tokenizer, CLIPModel, T5Config, T5EncoderModel
 
 from common import (SHAPES, EDMPrecond, Log, Parser, Speed, UserError, accumulate, add_image_arguments,
-                    add_method_arguments, add_run_arguments, adopt, annealed, batch_sum, bench, blame,
+                    add_method_arguments, add_run_arguments, adopt, annealed, atomic, batch_sum, bench, blame,
                     count_flops, dpm_solver, draw_latents, draw_shape, dsm_loss, edm_sampler, ema_beta,
                     ema_update, image_grid, lambda_edm, load_generator, make_distance, make_generator_loss,
                     my_share, now, number, one_line_errors, open_run, p_edm, pick_device, plot_log, progress,
@@ -459,21 +460,24 @@ def load_text_encoder(folder, dtype):
     return encoder.to(dtype).eval().requires_grad_(False), tokenizer
 
 
-@torch.no_grad()
-def encode_prompts(folder, prompts, dtype=torch.float32, tokens=120, batch=16, device="cpu"):
-    """prompts (N strings) -> T5's embeddings (N, tokens, C) in dtype, and masks (N, tokens) of what is text.
-    Longer prompts are cut, which is said. UserError for a folder that is not T5's."""
+def encode_in_batches(folder, prompts, dtype, tokens, batch=16, device="cpu"):
+    """Yields what encode_prompts returns, on the CPU, a batch at a time."""
     encoder, tokenizer = load_text_encoder(folder, dtype)
-    encoder, made = encoder.to(device), []
-    prompts = [prompt.strip() for prompt in prompts]
+    encoder, prompts = encoder.to(device), [prompt.strip() for prompt in prompts]
     if long := sum(len(ids) > tokens for ids in tokenizer(prompts, verbose=False).input_ids):
         print(f"{long} of {len(prompts)} prompts have more than {tokens} tokens: what is beyond is cut off")
     for first in progress(range(0, len(prompts), batch), "T5"):
         text = tokenizer(prompts[first:first + batch], max_length=tokens, padding="max_length",
                          truncation=True, return_tensors="pt").to(device)
-        encoded = encoder(text.input_ids, text.attention_mask).last_hidden_state
-        made.append((encoded.cpu(), text.attention_mask.cpu()))
-    return tuple(torch.cat(column) for column in zip(*made))
+        with torch.no_grad():
+            encoded = encoder(text.input_ids, text.attention_mask).last_hidden_state
+        yield encoded.cpu(), text.attention_mask.cpu()
+
+
+def encode_prompts(folder, prompts, dtype=torch.float32, tokens=120, **options):
+    """prompts (N strings) -> T5's embeddings (N, tokens, C) in dtype, and masks (N, tokens) of what is text.
+    Longer prompts are cut, which is said. UserError for a folder that is not T5's."""
+    return tuple(map(torch.cat, zip(*encode_in_batches(folder, prompts, dtype, tokens, **options))))
 
 
 @dataclass
@@ -484,8 +488,11 @@ class Captions:
     length: int
 
     @classmethod
-    def pack(cls, embeddings, masks):
-        return cls(embeddings[masks.bool()], masks.sum(1), masks.shape[1])
+    def pack(cls, batches):
+        """From an iterable of embeddings (B, length, C), masks (B, length)."""
+        packed = [(embeddings[masks.bool()], masks.sum(1), masks.shape[1]) for embeddings, masks in batches]
+        tokens, lengths, (length, *_) = zip(*packed)
+        return cls(torch.cat(tokens), torch.cat(lengths), length)
 
     def __len__(self):
         return len(self.lengths)
@@ -521,9 +528,10 @@ def read_prompts(path, column="prompt"):
     expected = f"expected text, one prompt a line, or .csv or .jsonl with a column {column} (--column)"
     with blame(f"{path} cannot be read as prompts ({{}}): {expected}", OSError, ValueError, LookupError,
                TypeError, AttributeError):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        lines = text.splitlines()
         if path.suffix == ".csv":
-            lines = [row[column] or "" for row in csv.DictReader(lines)]
+            lines = [row[column] or "" for row in csv.DictReader(io.StringIO(text))]
         elif path.suffix == ".jsonl":
             lines = [json.loads(line)[column] for line in lines if line.strip()]
         prompts = [line.strip() for line in lines if line.strip()]
@@ -538,7 +546,7 @@ COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.6, 0.15), "blue": (0.1, 0.2,
 SIZES = {"small": (0.24, 0.29), "large": (0.35, 0.4)}  # radii, in images
 PROMPTS = [(size, colour, shape, background) for size in SIZES for colour in COLOURS for shape in SHAPES
            for background in COLOURS if background != colour]
-TESTED = 1000  # prompts
+TESTED, TRUE = 1000, 5000  # prompts of a test; true images that it compares with
 TOKENS = 48  # bytes of the longest caption, and the end
 MINI_NET = {"in_channels": 3, "out_channels": 3, "hidden_size": 128, "depth": 4, "num_heads": 4,
             "input_size": 16, "caption_channels": 64, "caption_tokens": TOKENS, "time_scale": 250}
@@ -621,43 +629,45 @@ def token_features(net, images, t=0.2):
 @dataclass
 class Teacher:
     """A denoiser net(x, t, caption, mask), frozen, and what surrounds it: encode(prompts) -> Captions;
-    decode(x) -> images (B, 3, H, W) in about [-1, 1]; text, the encoder that is kept with it, if any; true,
-    if it is known whether an image is right."""
+    decode(x) -> images (B, 3, H, W) in about [-1, 1]; text, a miniature's own encoder, which is kept with
+    it."""
     net: nn.Module
     encode: Callable
     decode: Callable
     text: nn.Module | None = None
 
-    @property
-    def model(self):
-        return self.net.model
 
-    @property
-    def image_shape(self):
-        return self.model.net_args["in_channels"], *[self.model.net_args["input_size"]] * 2
+def image_shape(net):
+    """(C, H, W) of a denoiser's x"""
+    sizes = net.model.net_args
+    return sizes["in_channels"], sizes["input_size"], sizes["input_size"]
 
 
 def miniature(whole):
     """A Miniature as a Teacher: pixels are its latents."""
     @torch.no_grad()
     def encode(prompts):
-        ids, masks = tokenize(prompts)
         device = next(whole.parameters()).device
-        texts = [whole.text(i.to(device), m.to(device)).last_hidden_state.cpu()
-                 for i, m in zip(ids.split(500), masks.split(500))]
-        return Captions.pack(torch.cat(texts), masks)
+        pairs = zip(*[v.split(500) for v in tokenize(prompts)])
+        return Captions.pack((whole.text(ids.to(device), masks.to(device)).last_hidden_state.cpu(), masks)
+                             for ids, masks in pairs)
     return Teacher(whole.net, encode, lambda x: x, whole.text)
 
 
 def pixart(net, args, device):
     """A PixArtPrecond as a Teacher, with T5 and the VAE of --t5 and --vae. UserError if one is not there."""
-    encode = partial(encode_prompts, args.t5, dtype=torch.bfloat16, device=device)
+    tokens = net.model.net_args["caption_tokens"] or XL_2["caption_tokens"]
+    encode = partial(encode_in_batches, args.t5, dtype=torch.bfloat16, tokens=tokens, device=device)
     vae = load_vae_decoder(args.vae).to(device)
 
     @torch.no_grad()
     def decode(x):
         return torch.cat([vae(latents.float()) for latents in x.split(4)])
-    return Teacher(net, lambda prompts: Captions.pack(*encode(prompts)), decode)
+    return Teacher(net, lambda prompts: Captions.pack(encode(prompts)), decode)
+
+
+def surround(net, args, device):
+    return miniature(net) if isinstance(net, Miniature) else pixart(net, args, device)
 
 
 def build(**net_args):
@@ -668,13 +678,12 @@ def build(**net_args):
 def load_network(path):
     """A run's folder, a file of ours, or PixArt's in any of load_pixart's forms. -> (Miniature or
     PixArtPrecond, t_star, meta)"""
-    path = Path(path)
-    file, ours = path / "g_ema.pt" if (path / "args.json").exists() else path, path.is_dir()
-    with suppress(Exception):  # what is no file of ours, load_pixart has words for
-        ours = "net_args" in torch.load(file, map_location="meta", weights_only=True)
-    if ours and file != path or ours and path.is_file():
-        return load_generator(file, build)
-    return PixArtPrecond(load_pixart(path)), PRESETS["paper"]["t_star"], {"file": path.name}
+    ours = (Path(path) / "args.json").exists()
+    with suppress(Exception):  # what cannot be read, load_pixart has words for
+        ours = ours or "net_args" in torch.load(path, map_location="meta", weights_only=True)
+    if ours:
+        return load_generator(path, build)
+    return PixArtPrecond(load_pixart(path)), PRESETS["paper"]["t_star"], {}
 
 
 def load_teacher(args, device):
@@ -691,7 +700,7 @@ def load_teacher(args, device):
         args.teacher_sha256 = sha256(path)
         weights = sum(w.numel() for w in net.parameters())
         print(f"{path}: {weights:,} parameters, sha256 {args.teacher_sha256}")
-    return miniature(net) if isinstance(net, Miniature) else pixart(net, args, device)
+    return surround(net, args, device)
 
 
 def train_teacher(args, folder, device):
@@ -758,10 +767,10 @@ def prepare(args, folder, guided):
     return parts
 
 
-def train(args, d_q, captions, image_shape, parts, report):
+def train(args, d_q, captions, parts, report):
     """Algorithm 2, up to args.steps updates of g, for these Captions; report() is called after each."""
     d_psi, g, g_ema, opt_psi, opt_theta, log = parts.values()
-    device, shape = next(d_q.parameters()).device, (args.batch, *image_shape)
+    device, shape = next(d_q.parameters()).device, (args.batch, *image_shape(d_q.net))
     for net in (d_psi, g, d_q) if args.compile else ():
         net.compile()
     d_psi, g = replicate(d_psi.requires_grad_(True)), replicate(g.requires_grad_(True))
@@ -826,14 +835,14 @@ def passes(args):
 def forward_flops(net, length):
     """FLOPs of the network for one image and a caption of this length."""
     device = next(net.parameters()).device
-    x = torch.zeros(1, *Teacher(net, None, None).image_shape, device=device)
+    x = torch.zeros(1, *image_shape(net), device=device)
     cond = torch.zeros(1, length, net.model.net_args["caption_channels"], device=device), None
     return count_flops(lambda: given_caption(net, cond)(x, torch.ones_like(x[:, :1, :1, :1])))
 
 
 # ---- Samples, with their captions, and how good they are ----
 @torch.no_grad()
-def sample_one_step(g, t_star, z, captions, masks, batch=250):
+def sample_one_step(g, t_star, z, captions, masks, batch=100):
     """z (N, C, H, W) standard normal, captions (N, L, C), masks (N, L) -> latents (N, C, H, W), one
     forward"""
     t = torch.full((1, 1, 1, 1), t_star, device=z.device)
@@ -841,7 +850,7 @@ def sample_one_step(g, t_star, z, captions, masks, batch=250):
     return torch.cat([given_caption(g, cond)(t * v, t) for v, *cond in rows])
 
 
-def sample_teacher(guided, z, captions, masks, num_steps=14, solver="dpm", batch=250):
+def sample_teacher(guided, z, captions, masks, num_steps=14, solver="dpm", batch=100):
     """The same by DPM-Solver++ of second order (num_steps evaluations of the guided teacher), or Heun's
     method (2 num_steps - 1)."""
     solve = dpm_solver if solver == "dpm" else edm_sampler
@@ -876,42 +885,45 @@ def distil(args, folder, teacher):
     prompts = read_prompts(args.prompts, args.column) if args.prompts else [write(p) for p in PROMPTS]
     bank = teacher.encode([*prompts, ""]) if teacher.text else cached(teacher.encode, args.t5, [*prompts, ""])
     guided = Guided(teacher.net, args.guidance, *[v[0] for v in bank[[len(prompts)]]]).to(device)
-    bank.lengths = bank.lengths[:-1]
-    parts, dtype = prepare(args, folder, guided), torch.bfloat16 if args.amp == "bf16" else torch.float32
+    bank.lengths = bank.lengths[:-1]  # without the empty one
+    parts, test = prepare(args, folder, guided), Test(teacher, prompts, bank)
     g, log = parts["g_ema"], parts["log"]
-    test = Test(teacher, prompts, bank)
 
     def keep(name):
         whole, net_args = g, g.model.net_args
         if teacher.text:
             whole = nn.ModuleDict({"net": g, "text": teacher.text})
             net_args = {"net": net_args, "text": MINI_TEXT}
-        save_generator(folder / name, whole, net_args, args.t_star, teacher=args.teacher, step=log.step)
+        save_generator(folder / name, whole, net_args, args.t_star, teacher=args.teacher,
+                       guidance=args.guidance, step=log.step)
 
     def look():
         images, figures = test(partial(sample_one_step, g, args.t_star))
         save_picture(image_grid(to_uint8(images[:80]), 10), folder / "samples" / f"{log.step:07}.png")
         return figures
 
-    flops = sum(passes(args)) * forward_flops(teacher.net, bank.length)
-    speed = Speed(log.step, args.batch, flops, device, dtype)
-    train(args, guided, bank, teacher.image_shape, parts, reporter(args, folder, parts, speed, look, keep))
+    flops, dtype = sum(passes(args)) * forward_flops(teacher.net, bank.length), torch.float32
+    speed = Speed(log.step, args.batch, flops, device, torch.bfloat16 if args.amp == "bf16" else dtype)
+    train(args, guided, bank, parts, reporter(args, folder, parts, speed, look, keep))
     if world()[0] == 0:
         summarise(args, folder, test, guided, g, log)
+
+
 class Test:
-    """What a run is judged by, the same at all times: test(draw), draw(z, captions, masks) -> latents, gives
-    the images of some prompts and, of a miniature, what is known of them: accuracy, and the Frechet distance
-    in the teacher's features to 5000 true images (of 1000, so that it compares with nothing else)."""
+    """What a run is judged by, the same at all times. test(draw), with draw(z, captions, masks) -> latents,
+    gives the images of its prompts, and figures: the time of an image and, of a miniature, prompt_accuracy
+    and the Frechet distance in the teacher's features of TESTED images to TRUE ones (it compares with nothing
+    else)."""
     def __init__(self, teacher, prompts, captions):
         self.teacher, self.prompts = teacher, prompts[:8]
         self.asked = tested_prompts() if teacher.text else None
         if self.asked:
             self.prompts = [write(prompt) for prompt in self.asked]
             captions = teacher.encode(self.prompts)
-            self.truth = moments(token_features(teacher.net, self.draw_true(5000, 1)))
+            self.truth = moments(token_features(teacher.net, self.draw_true(TRUE, 1)))
         device, n = next(teacher.net.parameters()).device, len(self.prompts)
         self.cond = [v.to(device) for v in captions[range(n)]]
-        self.z = draw_latents(range(n), teacher.image_shape)[0].to(device)
+        self.z = draw_latents(range(n), image_shape(teacher.net))[0].to(device)
 
     def draw_true(self, n, seed):
         random = np.random.default_rng([seed, 10**9])  # no seed of a training has it
@@ -919,10 +931,12 @@ class Test:
         return images.to(next(self.teacher.net.parameters()).device)
 
     def __call__(self, draw):
+        begun = now(self.z.device)
         images = self.teacher.decode(draw(self.z, *self.cond))
-        return images.cpu(), self.figures(images) if self.asked else {}
+        milliseconds = 1e3 * (now(self.z.device) - begun) / len(images)
+        return images.cpu(), (self.judge(images) if self.asked else {}) | {"ms_image": milliseconds}
 
-    def figures(self, images):
+    def judge(self, images):
         fd = frechet_distance(*moments(token_features(self.teacher.net, images.clamp(-1, 1))), *self.truth)
         return prompt_accuracy(images.cpu(), self.asked) | {"fd": fd}
 
@@ -931,12 +945,10 @@ def summarise(args, folder, test, guided, g, log):
     """samples.png, curve.png, metrics.json, and what they say: the paper's Table 3 in miniature."""
     ways = {"teacher": (14, partial(sample_teacher, guided)),
             "one step": (1, partial(sample_one_step, g, args.t_star))}
-    rows, shown = {"true images": test.figures(test.draw_true(TESTED, 2))} if test.asked else {}, []
+    rows, shown = {"true images": test.judge(test.draw_true(TESTED, 2))} if test.asked else {}, []
     for name, (steps, way) in ways.items():
-        begun = now(test.z.device)
         images, figures = test(way)
-        seconds = (now(test.z.device) - begun) / len(images)
-        rows[name], shown = figures | {"steps": steps, "ms_image": 1e3 * seconds}, [*shown, images[:20]]
+        rows[name], shown = figures | {"steps": steps}, [*shown, images[:20]]
     save_picture(captioned(shown, test.prompts[:20]), folder / "samples.png")
     curves = {"mean": "attributes right", "fd": "Frechet distance, teacher's features",
               "divergence": "E d(y), the estimate of (3.3)"}
@@ -947,54 +959,56 @@ def summarise(args, folder, test, guided, g, log):
          folder / "metrics.json")
     print(f"{'':12}" + "".join(f"{name:>12}" for name in rows["teacher"]))
     for name, row in rows.items():
-        print(f"{name:12}" + "".join(f"{row.get(key, 0):12.4g}" for key in rows["teacher"]))
+        print(f"{name:12}" + "".join(f"{row[key]:12.4g}" for key in rows["teacher"] if key in row))
     print(f"{log.elapsed():.0f} s; pictures: {folder}/samples.png (teacher above one step), curve.png")
     print(f"next: python 03_pixart_t2i.py --sample {folder} --prompt 'a large red ring on a blue background'")
 
 
 # ---- Without training ----
 def read_latents(path, shape):
-    """--latents: z (N, C, H, W), standard normal, of a .npy or a torch.save. UserError for another shape."""
-    expected = f"expected (N, {', '.join(map(str, shape))}), standard normal, finite, .npy or .pt"
+    """--latents: z of this shape (N, C, H, W), standard normal, of a .npy or a torch.save. UserError if
+    not."""
+    expected = f"expected {tuple(shape)}, standard normal, finite, .npy or .pt"
     with blame(f"{path} is refused ({{}}): {expected}", Exception):
         z = np.load(path) if str(path).endswith(".npy") else torch.load(path, weights_only=True)
         z = torch.as_tensor(z, dtype=torch.float32)
-        require(z.ndim == 4 and z.shape[1:] == torch.Size(shape), f"its shape is {tuple(z.shape)}")
-        require(z.isfinite().all(), "not finite")
+        require(z.shape == shape and z.isfinite().all(), f"its shape is {tuple(z.shape)}")
     return z
 
 
-@torch.no_grad()
 def sample(args, device):
     """--sample: one forward and one decode an image, from seed, seed + 1, ...; n images a prompt."""
-    net, t_star, meta = load_network(args.sample)
-    g = miniature(net.to(device)) if isinstance(net, Miniature) else pixart(net.to(device), args, device)
+    out = Path(args.out or "sample.png")
+    if out.suffix not in ("", ".png"):
+        raise UserError(f"--out {out}: expected a .png or a folder")
     prompts = [*args.prompt, *(read_prompts(args.prompt_file, args.column) if args.prompt_file else [])]
     if not any(prompt.strip() for prompt in prompts):
         raise UserError("--sample needs a text: --prompt 'a red ring on a blue background', or --prompt-file")
     texts = [prompt for prompt in prompts for _ in range(args.n)]
-    bank = g.encode([*prompts, ""])
-    blank = [v[0] for v in bank[[len(prompts)]]]
-    cond = [v.to(device) for v in bank[[k for k in range(len(prompts)) for _ in range(args.n)]]]
-    if args.latents:
-        z = read_latents(args.latents, g.image_shape)
-        if len(z) != len(texts):
-            raise UserError(f"--latents {args.latents} has {len(z)} of them for {len(texts)} images")
-    else:
-        z = draw_latents(range(args.seed, args.seed + len(texts)), g.image_shape)[0]
-    z, rows = z.to(device), {}
-    if args.teacher_steps:
-        args.teacher = str(meta.get("teacher", "")) if args.teacher == "auto" else args.teacher
-        if not args.teacher:
-            raise UserError(f"--teacher-steps: name the teacher of {args.sample} by --teacher")
-        d_q = load_teacher(args, device)
-        if d_q.image_shape != g.image_shape or bool(d_q.text) != bool(g.text):
-            raise UserError(f"--teacher {args.teacher} makes other images than {args.sample}")
-        guidance = args.guidance or PRESETS["miniature" if d_q.text else "paper"]["guidance"]
-        guided = Guided(d_q.net, guidance, *blank).to(device)
-        rows["teacher"] = g.decode(sample_teacher(guided, z, *cond, args.teacher_steps, args.solver))
-    rows["one_step"] = g.decode(sample_one_step(g.net, args.t_star or t_star, z, *cond))
-    write_images(Path(args.out or "sample.png"), {name: images.cpu() for name, images in rows.items()}, texts)
+    net, t_star, meta = load_network(args.sample)
+    g = surround(net.to(device), args, device)
+    z = draw_latents(range(args.seed, args.seed + len(texts)), image_shape(g.net))[0]
+    z = (read_latents(args.latents, z.shape) if args.latents else z).to(device)
+    d_q = teacher_of(args, g, meta, device) if args.teacher_steps else None
+    captions = g.encode([*texts, ""])
+    cond, rows = [v.to(device) for v in captions[range(len(texts))]], {}
+    if d_q:
+        guidance = meta.get("guidance", PAPER["guidance"]) if args.guidance is None else args.guidance
+        guided = Guided(d_q.net, guidance, *[v[0] for v in captions[[len(texts)]]]).to(device)
+        rows["teacher"] = g.decode(sample_teacher(guided, z, *cond, args.teacher_steps, args.solver)).cpu()
+    rows["one_step"] = g.decode(sample_one_step(g.net, args.t_star or t_star, z, *cond)).cpu()
+    write_images(out, rows, texts)
+
+
+def teacher_of(args, g, meta, device):
+    """The teacher that --teacher names or the generator's file knows. UserError if it makes other images."""
+    args.teacher = str(meta.get("teacher", "")) if args.teacher == "auto" else args.teacher
+    if not args.teacher:
+        raise UserError(f"--teacher-steps: name the teacher of {args.sample} by --teacher")
+    d_q = load_teacher(args, device)
+    if image_shape(d_q.net) != image_shape(g.net) or bool(d_q.text) != bool(g.text):
+        raise UserError(f"--teacher {args.teacher} makes other images than {args.sample}")
+    return d_q
 
 
 def write_images(out, rows, texts):
@@ -1004,28 +1018,15 @@ def write_images(out, rows, texts):
         images = rows["one_step"]
         alone = len(images) == len(rows) == 1
         save_picture(image_grid(to_uint8(images)) if alone else captioned(list(rows.values()), texts), out)
-    elif out.suffix:
-        raise UserError(f"--out {out}: expected a .png or a folder")
     else:
         for name, images in rows.items():
             folder = out if name == "one_step" else out / name
             folder.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(to_uint8(images)):
                 save_picture(image_grid(image[None]), folder / f"{k:06}.png")
-            save("\n".join(" ".join(text.split()) for text in texts) + "\n", folder / "prompts.txt")
+            with atomic(folder / "prompts.txt") as temporary:
+                temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts))
     print(f"{len(texts)} images ({', '.join(rows)}): {out}")
-
-
-def score_parts(args):
-    """-> {score: (its CLIP's folder, the file of its head or None)}, of those that are here."""
-    parts = {"pickscore": (args.pickscore, None), "clipscore": (args.clip, None),
-             "aesthetic": (args.clip, args.aesthetic)}
-    here = {name: part for name, part in parts.items() if all(Path(path).exists() for path in part if path)}
-    for name in parts.keys() - here.keys():
-        print(f"{name}: not measured, for {' or '.join(str(p) for p in parts[name] if p)} is not there")
-    if not here:
-        raise UserError("--score needs the folder of a CLIP, --clip or --pickscore (README.md: which)")
-    return here
 
 
 class AestheticHead(nn.Module):
@@ -1061,32 +1062,34 @@ def clip_embeddings(folder, files, texts, device, batch=32):
 
 def score(args, device):
     """--score: PickScore (Kirstain et al. 2023), CLIP score and LAION's aesthetic score of the images in a
-    folder, by name, for the lines of its prompts.txt. -> scores.json in the folder"""
-    folder = Path(args.score)
+    folder, by name, for the lines of its prompts.txt; those whose models are here. -> scores.json there"""
+    folder, scores, models = Path(args.score), {}, set()
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     texts = read_prompts(args.prompt_file or folder / "prompts.txt", args.column)
-    if len(files) != len(texts) or not files:
+    if len(files) != len(texts):
         raise UserError(f"{folder}: {len(files)} images (.png, .jpg), {len(texts)} prompts: expected as many")
-    embed = functools.cache(lambda path: clip_embeddings(path, files, texts, device))
-    report, rows = {"images": len(files), "models": {}}, {}
-    for name, (clip, head) in score_parts(args).items():
+    embed = functools.cache(lambda clip: clip_embeddings(clip, files, texts, device))
+    for name, clip, *head in (("pickscore", args.pickscore), ("clipscore", args.clip),
+                              ("aesthetic", args.clip, args.aesthetic)):
+        if missing := [path for path in (clip, *head) if not Path(path).exists()]:
+            print(f"{name}: not measured, for there is no {missing[0]}")
+            continue
         images, words, scale = embed(clip)
         cosine = (images * words).sum(1)
-        if name == "pickscore":
-            values = scale * cosine
-        elif name == "clipscore":
-            values = (100 * cosine).clamp(min=0)  # Hessel et al. 2021, as torchmetrics scales it
-        else:
-            values = load_aesthetic(head, images.shape[1]).to(device)(images)
-        rows[name] = values.tolist()
-        report[name] = {"mean": values.mean().item(), "std": values.std().item() if len(values) > 1 else 0.0}
-        for path in [*sorted(Path(clip).glob("*.safetensors"))[:9], *sorted(Path(clip).glob("*.bin")), head]:
-            if path:
-                report["models"][str(path)] = sha256(path)
-        print(f"{name:10} {report[name]['mean']:9.4f} (standard deviation {report[name]['std']:.4f}), {clip}")
-    columns = {"file": [file.name for file in files], "prompt": texts} | rows
-    each = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    save(report | {"each": each}, folder / "scores.json")
+        if name == "aesthetic":
+            values = load_aesthetic(*head, images.shape[1]).to(device)(images)
+        else:  # CLIP score: Hessel et al. 2021, times 100 as is usual
+            values = scale * cosine if name == "pickscore" else (100 * cosine).clamp(min=0)
+        scores[name] = values.tolist()
+        models |= {*Path(clip).glob("*.safetensors"), *Path(clip).glob("*.bin"), *map(Path, head)}
+        print(f"{name} {values.mean():.4f}, standard deviation {values.std(correction=0):.4f}, by {clip}")
+    if not scores:
+        raise UserError("--score needs the folder of a CLIP, --clip or --pickscore (README.md: which)")
+    columns = {"file": [file.name for file in files], "prompt": texts} | scores
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
+    save({"images": len(files), "means": means,
+          "models": {str(path): sha256(path) for path in sorted(models)},
+          "each": [dict(zip(columns, row)) for row in zip(*columns.values())]}, folder / "scores.json")
     print(f"{folder}/scores.json has each image's, and the models' SHA-256")
 
 
@@ -1111,16 +1114,23 @@ class AnyCaption:
         return torch.randn(len(k), self.length, self.channels), masks
 
 
-def time_updates(args, net):
+def any_teacher(args):
+    """A network of random weights in place of the teacher, guided, and captions for it."""
+    net = EDMPrecond(PixArt(**MINI_NET)) if args.preset == "miniature" else PixArtPrecond(PixArt())
+    sizes = net.model.net_args
+    return (Guided(net.eval().requires_grad_(False), args.guidance),
+            AnyCaption(sizes["caption_tokens"], sizes["caption_channels"]))
+
+
+def time_updates(args, device):
     """--bench: the teacher's forward, without guidance, and both updates as `train` does them."""
-    device, shape = next(net.parameters()).device, Teacher(net, None, None).image_shape
-    sizes, x = net.model.net_args, torch.randn(args.batch_gpu, *shape, device=device)
-    captions = AnyCaption(sizes["caption_tokens"] or 120, sizes["caption_channels"])
-    guided = Guided(net, args.guidance, *[v[0] for v in captions[[0]]]).to(device)
+    guided, captions = any_teacher(args)
+    net = guided.to(device).net
+    x = torch.randn(args.batch_gpu, *image_shape(net), device=device)
     denoiser = given_caption(net, [v.to(device) for v in captions[range(args.batch_gpu)]], args.amp)
     bench(args, device, lambda: denoiser(x, torch.ones_like(x[:, :1, :1, :1])),
           forward_flops(net, captions.length), passes(args), partial(prepare, guided=guided),
-          partial(train, args, guided, captions, shape))
+          partial(train, args, guided, captions))
 
 
 class Live(TorchDispatchMode):
@@ -1144,22 +1154,19 @@ class Live(TorchDispatchMode):
         return out
 
 
-def peak_memory(args, net_args):
+def peak_memory(args):
     """--memory: GiB of weights, after an update (with gradients and Adam) and at the peak, of the same
     updates on tensors without contents. What the device's own libraries take comes on top."""
-    args.steps, args.compile = 2, False
+    args.steps, args.compile, kept = 2, False, []
     try:
-        with (FakeTensorMode(allow_non_fake_inputs=True), Live() as live,
+        with (FakeTensorMode(allow_non_fake_inputs=True), Live() as live, warnings.catch_warnings(),
               tempfile.TemporaryDirectory() as folder):
-            net = PixArtPrecond(PixArt(**net_args)).eval().requires_grad_(False)
-            guided = Guided(net, args.guidance)
-            parts = prepare(args, Path(folder), guided)
+            warnings.simplefilter("ignore")  # of copying what has no contents
+            guided, captions = any_teacher(args)
+            parts, weights = prepare(args, Path(folder), guided), live.bytes
             parts["log"].add = lambda **_: None  # which would look at their contents
-            weights, kept = live.bytes, []
-            captions = AnyCaption(net_args["caption_tokens"], net_args["caption_channels"])
-            train(args, guided, captions, Teacher(net, None, None).image_shape, parts,
-                  lambda: kept.append(live.bytes))
-    finally:
+            train(args, guided, captions, parts, lambda: kept.append(live.bytes))
+    finally:  # these would keep some of it
         position_embedding.cache_clear()
         noise_table.cache_clear()
     gib = [size / 2**30 for size in (weights, kept[-1], live.peak)]
@@ -1220,23 +1227,16 @@ def main(argv=None):
         settle(args, PRESETS["teacher"])
         args.out = args.out or "runs/miniature_teacher"
         return train_teacher(args, open_run(args, IGNORE), device)
-    random = args.teacher == "pixart" and (args.bench or args.memory)  # neither depends on the weights
-    if random:
-        net = None
-    else:
-        teacher = load_teacher(args, device)
-        net = teacher.net
-    mini = not random and teacher.text is not None
-    args.preset = args.preset or ("miniature" if mini else "paper")
-    settle(args, PRESETS[args.preset] | ({"steps": 3} if args.bench else {}))
-    if args.memory:
-        return peak_memory(args, net.model.net_args if net else XL_2)
-    if args.bench:
-        return time_updates(args, net or PixArtPrecond(PixArt()).eval().requires_grad_(False).to(device))
-    if not mini and not args.prompts:
+    if args.bench or args.memory:  # whose answers do not depend on the weights
+        args.preset = args.preset or ("paper" if args.teacher == "pixart" else "miniature")
+        settle(args, PRESETS[args.preset] | {"steps": 3})
+        return peak_memory(args) if args.memory else time_updates(args, device)
+    teacher = load_teacher(args, device)
+    args.preset = args.preset or ("miniature" if teacher.text else "paper")
+    settle(args, PRESETS[args.preset])
+    if not teacher.text and not args.prompts:
         raise UserError("PixArt-alpha needs texts to train on: --prompts FILE, one a line")
-    name = Path(args.teacher).stem
-    args.out = args.out or f"runs/{name}-{args.method}-{args.distance}-{args.seed}"
+    args.out = args.out or f"runs/{Path(args.teacher).stem}-{args.method}-{args.distance}-{args.seed}"
     distil(args, open_run(args, IGNORE), teacher)
 
 

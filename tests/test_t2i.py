@@ -5,18 +5,22 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
 
 t2i = importlib.import_module("03_pixart_t2i")
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 PIXART = FIXTURES / "pixart"
 RELEASE = PIXART / "original-plain-release.pth"
 IO = {name: torch.from_numpy(array) for name, array in np.load(PIXART / "io.npz").items()}
@@ -370,7 +374,7 @@ def test_a_t5_folder_that_lacks_something_is_refused(tmp_path):
 
 def test_captions_lose_their_padding_and_get_it_back():
     embeddings, masks = t2i.encode_prompts(FIXTURES / "t5", ["a dog", "", "two dogs and a cat"])
-    bank = t2i.Captions.pack(embeddings, masks)
+    bank = t2i.Captions.pack(zip(embeddings.split(2), masks.split(2)))
     assert len(bank) == 3 and len(bank.tokens) == masks.sum()
     captions, again = bank[torch.tensor([2, 0, 2])]
     assert torch.equal(again, masks[[2, 0, 2]])
@@ -399,3 +403,479 @@ def test_prompt_files(tmp_path):
             t2i.read_prompts(tmp_path / name)
         assert "\n" not in str(error.value)
     assert t2i.read_prompts(tmp_path / "other.csv", "text") == ["a"]
+
+
+# ---- Guidance, the sampler, memory ----
+def test_guidance(release):
+    net = t2i.PixArtPrecond(release)
+    x, y, mask = IO["x"][:, :4], IO["y"], IO["mask"]
+    t = torch.full((3, 1, 1, 1), 2.5)
+    empty = release.y_embedder.y_embedding.expand_as(y)
+    with torch.no_grad():
+        plain, free = net(x, t, y, mask), net(x, t, empty, mask)
+        assert torch.equal(t2i.Guided(net, 1.0)(x, t, y, mask), plain)
+        close(t2i.Guided(net, 4.5)(x, t, y, mask), free + 4.5 * (plain - free), 1e-5)  # all four channels
+        assert not torch.allclose(free, plain)
+
+
+def test_guidance_without_an_embedding_of_its_own(tmp_path):
+    """A diffusers folder has none: the empty caption and its own mask take its place."""
+    net = t2i.PixArtPrecond(t2i.load_pixart(diffusers_folder(tmp_path / "a")))
+    x, y, mask = IO["x"][:, :4], IO["y"], IO["mask"]
+    t, blank, blank_mask = torch.full((3, 1, 1, 1), 2.5), torch.randn(12, 32), torch.tensor([1] + [0] * 11)
+    with torch.no_grad():
+        plain, free = net(x, t, y, mask), net(x, t, blank.expand_as(y), blank_mask.expand_as(mask))
+        close(t2i.Guided(net, 3.0, blank, blank_mask)(x, t, y, mask), free + 3 * (plain - free), 1e-5)
+
+
+@pytest.mark.parametrize("solver", [common.dpm_solver, common.edm_sampler])
+def test_samplers_are_of_second_order(solver):
+    """A Gaussian's denoiser, where the flow is x(t) ~ sqrt(s^2 + t^2)."""
+    s, z = 0.7, torch.randn(200, 3, dtype=torch.float64)
+    denoise = lambda x, t: x * s**2 / (s**2 + t**2)
+    exact = 80 * z * s / (s**2 + 80**2) ** 0.5
+    errors = [(solver(denoise, z, num_steps=n) - exact).norm() / exact.norm() for n in (20, 40, 80)]
+    assert errors[0] < 0.05 and all(b < a / 3 for a, b in zip(errors, errors[1:]))
+
+
+def test_live_counts_bytes():
+    with t2i.Live() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1
+        assert live.bytes == 8000
+        del b
+        c = a.double()
+        assert live.bytes == 12000 and live.peak == 12000 and c.shape == a.shape
+
+
+def test_checkpointing_saves_memory(monkeypatch):
+    peaks, sizes = [], t2i.MINI_NET | {"depth": 3, "hidden_size": 64, "num_heads": 2, "input_size": 64}
+    monkeypatch.setattr(t2i, "MINI_NET", sizes)
+    for checkpointing in (True, False):
+        args = t2i.parse(["--batch", "4", "--batch-gpu", "4", "--preset", "miniature", "--guidance", "3"])
+        args.checkpointing = checkpointing
+        common.settle(args, t2i.PRESETS["miniature"])
+        weights, kept, peak = t2i.peak_memory(args)
+        assert weights * 1.9 < kept < peak
+        peaks.append(peak - kept)
+    assert peaks[0] < 0.6 * peaks[1]
+    assert type(t2i.noise_table()) is torch.Tensor  # nothing of it is kept
+
+
+@pytest.mark.slow
+def test_the_full_size_fits_into_40_gb():
+    args = t2i.parse(["--batch-gpu", "8", "--preset", "paper"])
+    common.settle(args, t2i.PRESETS["paper"])
+    assert t2i.peak_memory(args)[2] * 2**30 < 40e9
+
+
+def test_bench(capsys):
+    t2i.main(["--bench", "--teacher", "miniature", "--batch", "4", "--steps", "2", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "theta update" in out and "of the peak" in out
+
+
+# ---- Runs of PixArt's own files ----
+TEXTS = ["a cat", "two dogs on a sofa", "", "a red house", "the sea at night"]
+FILES = ["--t5", str(FIXTURES / "t5"), "--vae", str(PIXART / "vae"), "--device", "cpu"]
+OPTIONS = [
+    "--steps",
+    "3",
+    "--batch",
+    "8",
+    "--batch-gpu",
+    "8",
+    "--lr",
+    "1e-2",
+    "--adam-eps",  # else the sign of a gradient near 0, which is rounding, moves a weight by lr
+    "1",
+    "--amp",
+    "none",
+    "--no-checkpointing",
+]
+
+
+def pixart_run(tmp_path, name, *options, teacher=RELEASE):
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    command = [
+        "--teacher",
+        str(teacher),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        *FILES,
+        *OPTIONS,
+        *options,
+    ]
+    command += ["--out", str(tmp_path / name)]
+    t2i.main(command)
+    return tmp_path / name
+
+
+def killed_at(step, advance=common.Log.advance):
+    """In place of Log.advance: the run dies in its step, after the weights have moved."""
+
+    def dies(log):
+        if log.step == step:
+            raise KeyboardInterrupt
+        advance(log)
+
+    return dies
+
+
+def weights(folder):
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    return torch.cat([w.flatten() for part in ("d_psi", "g", "g_ema") for w in state[part].values()])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pixart")
+    here = os.getcwd()
+    os.chdir(place)  # checkpoints/ is where a run is started
+    yield pixart_run(place, "whole")
+    os.chdir(here)
+
+
+def test_a_run_leaves_what_it_should(whole):
+    assert {"ckpt.pt", "g_ema.pt", "samples.png", "metrics.json", "log.jsonl"} <= {
+        f.name for f in whole.iterdir()
+    }
+    args = json.loads((whole / "args.json").read_text())
+    assert (args["guidance"], args["t_star"], args["t_min"], args["psi_mean"]) == (4.5, 2.5, 0.01, -2.0)
+    assert args["truncate"] == "clamp" and args["weight_psi"] == "one" and len(args["teacher_sha256"]) == 64
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 3 and lines[-1]["divergence"] > 0 and lines[-1]["images_s"] > 0
+    start, end = t2i.load_pixart(RELEASE), torch.load(whole / "ckpt.pt", weights_only=True)
+    moved = {name: not torch.equal(w, start.state_dict()[name[6:]]) for name, w in end["g"].items()}
+    assert moved.pop("model.y_embedder.y_embedding") is False
+    assert all(moved.values()), [name for name, m in moved.items() if not m]
+
+
+def test_prompts_are_encoded_once(whole, monkeypatch):
+    files = list((whole.parent / "checkpoints").glob("captions-*.pt"))
+    assert len(files) == 1
+    monkeypatch.setattr(t2i, "load_text_encoder", lambda *_: 1 / 0)
+    again = pixart_run(whole.parent, "again")
+    assert torch.equal(weights(again), weights(whole))
+
+
+@pytest.mark.parametrize("option", ["--checkpointing", "--batch-gpu"])
+def test_checkpointing_and_accumulation_change_nothing(whole, option):
+    other = pixart_run(whole.parent, option[2:], option, *["2"][: option == "--batch-gpu"])
+    difference = (weights(other) - weights(whole)).norm() / weights(whole).norm()
+    assert difference == 0 if option == "--checkpointing" else difference < 1e-6
+
+
+def test_two_ranks_give_one_process_s_weights(whole):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [
+        "--",
+        ROOT / "03_pixart_t2i.py",
+        "--teacher",
+        RELEASE,
+        "--prompts",
+        whole.parent / "prompts.txt",
+    ]
+    command += [*FILES, *OPTIONS, "--out", whole.parent / "ranks"]
+    done = subprocess.run(command, cwd=whole.parent, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (weights(whole.parent / "ranks") - weights(whole)).norm() / weights(whole).norm() < 1e-6
+
+
+def test_a_killed_run_continues_bit_for_bit(whole, monkeypatch):
+    options = ["--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Log, "advance", killed_at(1))
+        with pytest.raises(SystemExit):
+            pixart_run(whole.parent, "killed", *options)
+    assert torch.load(whole.parent / "killed" / "ckpt.pt", weights_only=True)["log"]["step"] == 1
+    assert torch.equal(weights(pixart_run(whole.parent, "killed", *options)), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--truncate", "resample", "--guidance", "1"],
+        ["--amp", "bf16", "--checkpointing", "--method", "sid"],
+        ["--distance", "l2", "--method", "di", "--psi-updates", "2"],
+    ],
+)
+def test_settings(whole, options):
+    folder = pixart_run(whole.parent, "-".join(options), *options, "--steps", "1")
+    line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(line["loss_theta"]) and line["y_norm"] > 0
+
+
+def test_a_diffusers_folder_as_the_teacher(whole):
+    """Its empty caption is T5's of the empty text."""
+    folder = diffusers_folder(whole.parent / "pipeline")
+    pixart_run(whole.parent, "from-diffusers", "--steps", "1", teacher=folder)
+
+
+def test_the_times_of_training(whole, monkeypatch):
+    seen = []
+    diffuse = common.diffuse
+    monkeypatch.setattr(common, "diffuse", lambda x, t, eps=None: seen.append(t) or diffuse(x, t, eps))
+    pixart_run(whole.parent, "times", "--batch", "64", "--batch-gpu", "64", "--seed", "1")
+    t = torch.cat(seen).flatten()
+    assert t.min() == pytest.approx(0.01) and t.max() <= 156.6156
+    assert t.log().mean() == pytest.approx(-1.97, abs=0.3)  # of exp(-2 + 2 N), clamped at 0.01
+    assert 0.05 < (t <= 0.0101).float().mean() < 0.15  # 9.6 %
+
+
+# ---- Samples ----
+def image(path):
+    with Image.open(path) as opened:
+        return np.asarray(opened).copy()
+
+
+def test_sampling(whole, capsys):
+    place = whole.parent
+    base = ["--sample", str(whole), *FILES, "--prompt", "a cat", "--prompt", "a red house"]
+    t2i.main([*base, "--out", "folder", "--seed", "3"])
+    assert sorted(f.name for f in (place / "folder").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
+    assert (place / "folder/prompts.txt").read_text() == "a cat\na red house\n"
+    single = ["--sample", str(whole), *FILES, "--prompt", "a red house", "--seed", "4", "--out"]
+    t2i.main([*single, "one.png"])
+    assert image("one.png").shape == (128, 128, 3)
+    assert np.abs(image("one.png").astype(int) - image("folder/000001.png")).max() <= 1
+    z = common.draw_latents([4], (4, 16, 16))[0]
+    np.save("z.npy", z)
+    torch.save(z, "z.pt")
+    for file in ("z.npy", "z.pt"):
+        t2i.main([*single, "again.png", "--latents", file, "--seed", "9"])
+        assert np.array_equal(image("again.png"), image("one.png"))
+    for solver in ("dpm", "heun"):
+        t2i.main([*base, "--out", f"{solver}.png", "--teacher-steps", "3", "--solver", solver])
+    t2i.main([*base, "--out", "both", "--teacher-steps", "2", "--n", "2"])
+    assert len(list(Path("both/teacher").glob("*.png"))) == len(list(Path("both").glob("*.png"))) == 4
+
+
+def test_the_generator_is_one_forward_and_one_decode(whole):
+    """(B.15), by hand."""
+    t2i.main(["--sample", str(whole), *FILES, "--prompt", "a cat", "--out", "hand.png", "--seed", "2"])
+    model = t2i.load_pixart(RELEASE)
+    state = torch.load(whole / "g_ema.pt", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("model."): w for name, w in state.items()})
+    caption, mask = t2i.encode_prompts(FIXTURES / "t5", ["a cat"], torch.bfloat16, tokens=12)
+    z = 2.5 * common.draw_latents([2], (4, 16, 16))[0]
+    with torch.no_grad():
+        eps = model(z / (2.5**2 + 1) ** 0.5, torch.tensor([440]), caption.float(), mask)[:, :4]
+        pixels = t2i.load_vae_decoder(PIXART / "vae")(z - 2.5 * eps)
+    assert (
+        np.abs(common.to_uint8(pixels)[0].permute(1, 2, 0).numpy().astype(int) - image("hand.png")).max() <= 1
+    )
+
+
+def test_the_released_generator_is_sampled(whole):
+    change, wrap = FORMS["SIM-DiT"]
+    keep = lambda state: state | {}
+    write_pth(whole.parent / "SIM-DiT.pth", keep, wrap)
+    t2i.main(["--sample", "SIM-DiT.pth", *FILES, "--prompt", "a cat", "--out", "dit.png"])
+    assert image("dit.png").shape == (128, 128, 3)
+
+
+# ---- The miniature ----
+def test_captions_and_their_images():
+    texts = [t2i.write(prompt) for prompt in t2i.PROMPTS]
+    assert len(set(texts)) == len(texts) == 1120 and max(len(text) for text in texts) < t2i.TOKENS
+    assert texts[0] == "a small red circle on a green background"
+    assert np.mean([t2i.held_out(prompt) for prompt in t2i.PROMPTS]) == pytest.approx(0.1, abs=0.02)
+    assert any(t2i.held_out(prompt) for prompt in t2i.tested_prompts())
+    random = np.random.default_rng(0)
+    images = torch.stack([t2i.draw(prompt, random) for prompt in t2i.PROMPTS])
+    assert images.shape == (1120, 3, 16, 16) and images.abs().max() <= 1
+    right = t2i.prompt_accuracy(images, t2i.PROMPTS)
+    assert min(right.values()) >= 0.99
+    wrong = t2i.prompt_accuracy(images, t2i.PROMPTS[::-1])
+    assert wrong["mean"] < 0.3
+
+
+def test_byt5_needs_no_file():
+    ids, masks = t2i.tokenize(["a red bar"])
+    assert ids[0, :10].tolist() == [ord(c) + 3 for c in "a red bar"] + [1] and masks.sum() == 10
+
+
+def test_the_embedded_teacher_draws_what_it_is_told():
+    assert t2i.EMBEDDED.stat().st_size < 6e6
+    assert all(
+        w.dtype == torch.float16 for w in torch.load(t2i.EMBEDDED, weights_only=True)["state_dict"].values()
+    )
+    whole, _, _ = t2i.load_network(t2i.EMBEDDED)
+    assert sum(w.numel() for w in whole.parameters()) <= 3e6
+    teacher, asked = t2i.miniature(whole), t2i.tested_prompts()[:48]
+    captions = teacher.encode([t2i.write(prompt) for prompt in asked])[range(48)]
+    z = common.draw_latents(range(48), t2i.image_shape(teacher.net))[0]
+    guided = t2i.sample_teacher(t2i.Guided(teacher.net, 3.0), z, *captions)
+    assert t2i.prompt_accuracy(guided, asked)["mean"] >= 0.9
+
+
+def tiny_miniature(path):
+    net = t2i.MINI_NET | {"hidden_size": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    common.save_generator(
+        path, t2i.Miniature(net, t2i.MINI_TEXT).half(), {"net": net, "text": t2i.MINI_TEXT}, 5.0
+    )
+    return path
+
+
+def test_a_run_of_a_miniature(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(t2i, "TESTED", 20)
+    monkeypatch.setattr(t2i, "TRUE", 60)
+    teacher = tiny_miniature(tmp_path / "tiny.pt")
+    t2i.main(
+        [
+            "--teacher",
+            str(teacher),
+            "--steps",
+            "2",
+            "--batch",
+            "4",
+            "--out",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "one step" in out and "teacher" in out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["true images"]["mean"] >= 0.9 and metrics["one step"].keys() >= {
+        "shape",
+        "all",
+        "fd",
+        "ms_image",
+    }
+    command = [
+        "--sample",
+        str(tmp_path / "run"),
+        "--prompt",
+        "a large red ring on a blue background",
+        "--device",
+        "cpu",
+    ]
+    t2i.main([*command, "--out", str(tmp_path / "x.png"), "--teacher-steps", "2"])
+    assert image(tmp_path / "x.png").shape[2] == 3
+
+
+def test_train_teacher_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(t2i, "MINI_NET", t2i.MINI_NET | {"hidden_size": 32, "depth": 1, "num_heads": 2})
+    base = [
+        "--train-teacher",
+        "--batch",
+        "4",
+        "--steps",
+        "4",
+        "--save-every",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+    ]
+    t2i.main([*base, str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Log, "advance", killed_at(2))
+        with pytest.raises(SystemExit):
+            t2i.main([*base, str(tmp_path / "killed")])
+    t2i.main([*base, str(tmp_path / "killed")])
+    a, b = (torch.load(tmp_path / name / "teacher.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(v, w) for v, w in zip(a["state_dict"].values(), b["state_dict"].values()))
+
+
+# ---- Scores ----
+def head_file(path):
+    """The public head is a product of five matrices, nothing between: the case's product, in its form."""
+    product = torch.from_numpy(np.load(FIXTURES / "io-t2i.npz")["head"])
+    sizes, state = (768, 1024, 128, 64, 16, 1), {}
+    for k, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
+        weight, bias = torch.zeros(b, a), torch.zeros(b)
+        weight[0, 0] = 1
+        if k == 0:
+            weight[0] = product[:-1].float()
+            bias[0] = product[-1]
+        state |= {f"layers.{k}.weight": weight, f"layers.{k}.bias": bias}
+    torch.save(state, path)
+    return path
+
+
+def score(folder, *options):
+    t2i.main(["--score", str(folder), "--device", "cpu", *map(str, options)])
+    return json.loads((folder / "scores.json").read_text())
+
+
+def test_scores_equal_the_case(tmp_path, capsys):
+    known = np.load(FIXTURES / "io-t2i.npz")
+    folder = tmp_path / "images"
+    shutil.copytree(FIXTURES / "scored", folder)
+    clip = FIXTURES / "clip"
+    report = score(
+        folder, "--clip", clip, "--pickscore", clip, "--aesthetic", head_file(tmp_path / "head.pth")
+    )
+    for name in ("pickscore", "clipscore", "aesthetic"):
+        ours = [row[name] for row in report["each"]]
+        assert np.allclose(ours, known[name], rtol=1e-4, atol=1e-4), name
+        assert report["means"][name] == pytest.approx(known[name].mean(), abs=1e-4)
+    assert any(str(path).endswith("model.safetensors") for path in report["models"])
+    assert all(len(value) == 64 for value in report["models"].values()) and len(report["models"]) == 2
+    report = score(folder, "--clip", clip)
+    assert report["means"].keys() == {"clipscore"} and "not measured" in capsys.readouterr().out
+
+
+# ---- Mistakes: one line, status 2 ----
+def mistakes(tmp_path):
+    prompts, empty = tmp_path / "p.txt", tmp_path / "empty.txt"
+    prompts.write_text("a cat\n")
+    empty.write_text("\n")
+    np.save(tmp_path / "z.npy", np.zeros((1, 3, 8, 8), np.float32))
+    np.save(tmp_path / "two.npy", np.zeros((2, 3, 16, 16), np.float32))
+    (tmp_path / "cut.pt").write_bytes(t2i.EMBEDDED.read_bytes()[:100_000])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "prompts.txt").write_text("a\n")
+    mini = ["--sample", t2i.EMBEDDED]
+    real = ["--teacher", RELEASE, "--prompts", prompts]
+    return {
+        "no such teacher": (["--teacher", tmp_path / "nothing.pth"], "nothing.pth does not exist"),
+        "cut teacher": (["--teacher", tmp_path / "cut.pt"], "cut short"),
+        "no PixArt": (["--teacher", "pixart"], "checkpoints"),
+        "no VAE": ([*real, "--t5", FIXTURES / "t5", "--vae", tmp_path / "v"], "config.json"),
+        "no T5": ([*real, "--t5", tmp_path / "t", "--vae", PIXART / "vae"], "does not exist"),
+        "no prompts": (["--teacher", RELEASE, *FILES], "--prompts FILE"),
+        "empty prompts": (["--teacher", RELEASE, *FILES, "--prompts", empty], "empty.txt"),
+        "sample without prompt": (mini, "--prompt"),
+        "empty prompt": ([*mini, "--prompt", " "], "--prompt"),
+        "empty prompt file": ([*mini, "--prompt-file", empty], "empty.txt"),
+        "latents' shape": ([*mini, "--prompt", "a", "--latents", tmp_path / "z.npy"], "(1, 3, 8, 8)"),
+        "latents' number": ([*mini, "--prompt", "a", "--latents", tmp_path / "two.npy"], "(2, 3, 16, 16)"),
+        "latents missing": ([*mini, "--prompt", "a", "--latents", tmp_path / "no.npy"], "no.npy"),
+        "out": ([*mini, "--prompt", "a", "--out", tmp_path / "x.gif"], ".png or a folder"),
+        "teacher of another kind": (
+            [*mini, "--prompt", "a", "--teacher-steps", "2", "--teacher", RELEASE, *FILES],
+            "other images",
+        ),
+        "no teacher known": ([*mini, "--prompt", "a", "--teacher-steps", "2"], "name the teacher"),
+        "score nothing": (["--score", tmp_path / "images"], "0 images"),
+        "score folder": (["--score", tmp_path / "none"], "prompts.txt"),
+        "flag": (["--guidance", "-1"], "--guidance"),
+        "half a flag": (["--guid", "2"], "unrecognized"),
+        "solver": (["--solver", "euler"], "--solver"),
+        "distance": (["--distance", "l2", "--c", "1"], "does not take"),
+        "device": (["--device", "tpu"], "no device"),
+    }
+
+
+CASES = [
+    "no such teacher", "cut teacher", "no PixArt", "no VAE", "no T5", "no prompts", "empty prompts",
+    "sample without prompt", "empty prompt", "empty prompt file", "latents' shape", "latents' number",
+    "latents missing", "out", "teacher of another kind", "no teacher known", "score nothing", "score folder",
+    "flag", "half a flag", "solver", "distance", "device",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, words = mistakes(tmp_path)[case]
+    with pytest.raises(SystemExit) as stop:
+        t2i.main([str(word) for word in command])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and error.startswith("error:") and "\n" not in error

@@ -781,15 +781,20 @@ def train(args, d_q, captions, parts, report):
     times = {"psi": partial(p_edm, mean=args.psi_mean, std=args.psi_std, **span),
              "theta": partial(p_edm, mean=args.p_mean, std=args.p_std, **span)}
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
-    given = partial(given_caption, amp=args.amp)
+
+    @functools.lru_cache(maxsize=1)  # those of one micro-batch, when its turn comes
+    def of_prompts(k):
+        return [v.to(device) for v in captions[k]]
+
+    def given(net, k):
+        return given_caption(net, of_prompts(k), args.amp)
 
     def draw(phase):  # -> [(z, t, eps, cond)], this rank's micro-batches of the global draw
         where = {"device": device, "generator": random}
         z, eps = args.t_star * torch.randn(shape, **where), torch.randn(shape, **where)
         t = times[phase]((args.batch, 1, 1, 1), **where)
         chosen = torch.randint(len(captions), (args.batch,), **where)  # prompts alone: data-free
-        return [(*noise, [v.to(device) for v in captions[k]])
-                for *noise, k in my_share((z, t, eps, chosen), args.batch_gpu)]
+        return my_share((z, t, eps, chosen), args.batch_gpu)
 
     def generate(g, z, cond):
         return given(g, cond)(z, t_star)  # (B.15)
@@ -904,6 +909,9 @@ def distil(args, folder, teacher):
 
     flops, dtype = sum(passes(args)) * forward_flops(teacher.net, bank.length), torch.float32
     speed = Speed(log.step, args.batch, flops, device, torch.bfloat16 if args.amp == "bf16" else dtype)
+    ranks, micro = world()[1], args.batch_gpu
+    steps = math.ceil(args.batch / ranks / micro)
+    print(f"batch {args.batch} = {ranks} ranks x {steps} accumulated micro-batches of {micro}")
     train(args, guided, bank, parts, reporter(args, folder, parts, speed, look, keep))
     if world()[0] == 0:
         summarise(args, folder, test, guided, g, log)

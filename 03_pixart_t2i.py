@@ -63,9 +63,9 @@ PAPER = {  # B.3; guidance is PixArt's own, for the paper is silent; the rest as
     "guidance": 4.5, "amp": "bf16", "checkpointing": True, "batch_gpu": 8, "save_every": 100, "log_every": 1}
 PRESETS = {"paper": PAPER,
            "miniature": PAPER | {  # measured (README)
-               "steps": 900, "batch": 32, "lr": 3e-4, "anneal": "linear", "t_star": 5.0, "p_mean": 0.0,
-               "p_std": 1.6, "psi_mean": 0.0, "psi_std": 1.6, "t_min": 0.0, "t_max": math.inf,
-               "weight_psi": "edm", "ema_half_life": 2e3, "guidance": 3.0, "amp": "none",
+               "steps": 500, "batch": 32, "lr": 3e-4, "anneal": "linear", "p_mean": -0.8, "p_std": 1.4,
+               "psi_mean": -0.8, "psi_std": 1.4, "t_min": 0.0, "t_max": math.inf, "weight_psi": "edm",
+               "ema_half_life": 2e3, "guidance": 1.5, "amp": "none",
                "checkpointing": False, "batch_gpu": None, "log_every": 10},
            "teacher": PAPER | {  # --train-teacher
                "steps": 12_000, "batch": 64, "lr": 1e-3, "anneal": "linear", "ema_half_life": 2e4,
@@ -721,8 +721,7 @@ def train_teacher(args, folder, device):
     optimiser = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
     ema = train_edm(args, folder, net, optimiser, batch).half()
     meta = {"data": "captioned shapes", "steps": args.steps, "batch": args.batch, "seed": args.seed}
-    save_generator(folder / "teacher.pt", ema, {"net": MINI_NET, "text": MINI_TEXT},
-                   PRESETS["miniature"]["t_star"], **meta)
+    save_generator(folder / "teacher.pt", ema, {"net": MINI_NET, "text": MINI_TEXT}, PAPER["t_star"], **meta)
     print(f"next: python 03_pixart_t2i.py --teacher {folder}/teacher.pt")
 
 

@@ -21,6 +21,7 @@ import tempfile
 import textwrap
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ PAPER = {  # B.3; guidance is PixArt's own, for the paper is silent; the rest as
 PRESETS = {"paper": PAPER,
            "miniature": PAPER | {  # measured (README)
                "steps": 500, "batch": 32, "lr": 3e-4, "anneal": "linear", "p_mean": -0.8, "p_std": 1.4,
-               "psi_mean": -0.8, "psi_std": 1.4, "t_min": 0.0, "t_max": math.inf, "weight_psi": "edm",
+               "psi_mean": -0.8, "psi_std": 1.4, "t_min": 0.0, "t_max": 1e9, "weight_psi": "edm",
                "ema_half_life": 2e3, "guidance": 1.5, "amp": "none",
                "checkpointing": False, "batch_gpu": None, "log_every": 10},
            "teacher": PAPER | {  # --train-teacher
@@ -257,13 +258,15 @@ class PixArtPrecond(nn.Module):
     """net(x (B, C, H, W), t, caption, mask) -> denoised x: x - t F(x / sqrt(t^2 + 1), timestep), (B.14), of
     the output channels those that are image. Only the table's index is rounded, t is not. net(z, t_star) is
     the generator (B.15). t stays in float32 whatever the weights are: bfloat16 rounds 999 to 1000."""
+    span = {"sigma_min": 0.01, "sigma_max": 156.6155}  # of a sampler: the table's ends
+
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, x, t, caption, mask=None):
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(-1)
-        timestep = 999 - (noise_table(x.device) - t[:, None]).abs().argmin(1)
+        timestep = 999 - (noise_table(x.device)[:1000] - t[:, None]).abs().argmin(1)
         t = t.to(x.dtype).reshape(-1, 1, 1, 1)
         noise = self.model(x / (t**2 + 1).sqrt(), timestep, caption, mask)[:, :x.shape[1]]
         return x - t * noise.to(x.dtype)
@@ -324,20 +327,30 @@ def load_pixart(path, num_heads=16, prefer_ema=False):
     config = read_json(path / "config.json") if path.is_dir() else {}
     saved = read_weights(find_weights(path) if path.is_dir() else path)
     with blame(f"{path} is refused ({{}}): expected PixArt-alpha at 256 or 512"):
-        names = ("ema", *("state_dict_ema",) * prefer_ema, "state_dict")
-        state = next((saved[name] for name in names if isinstance(saved.get(name), dict)), saved)
-        state = {name.removeprefix("module.").removeprefix("model."): w for name, w in state.items()}
-        state.pop("u", None)  # the release's noise table, which is noise_table()
-        require(not any("csize_embedder" in name or "resolution_embedder" in name for name in state)
+        names = [name for name in ("ema", "state_dict_ema", "state_dict") if name in saved]
+        names = [name for name in names if prefer_ema or name != "state_dict_ema"]
+        require(not prefer_ema or names[:1] == ["state_dict_ema"], "it has no state_dict_ema")
+        given = saved[names[0]] if names else saved
+        state = {name.removeprefix("module.").removeprefix("model."): w for name, w in given.items()}
+        require(len(state) == len(given), "the same tensor twice, with and without a prefix")
+        if names[:1] == ["ema"]:
+            state.pop("u", None)  # the release's noise table, which is noise_table()
+        require(not any(word in name for name in state for word in ("csize_", "ar_emb", "resolution_emb"))
                 and config.get("interpolation_scale") in (None, 1), "1024-MS or another scale of positions")
-        state = from_diffusers(state) if config else state
-        sizes = {"num_heads": config.get("num_attention_heads", num_heads)}
-        sizes |= {"input_size": config["sample_size"]} if config else {}
+        sizes = {"num_heads": num_heads}
+        if config:
+            state, sizes = from_diffusers(state), {
+                "num_heads": config["num_attention_heads"], "input_size": config["sample_size"],
+                "depth": config["num_layers"], "caption_tokens": 0}
         return adopt(PixArt, net_args_of(state) | sizes, state)
 
 
 def net_args_of(state):
-    """PixArt's arguments, from the shapes of its weights; pos_embed is checked and dropped."""
+    """PixArt's arguments, from the shapes of its weights; pos_embed is checked and dropped. ValueError,
+    KeyError if it cannot be PixArt's."""
+    missing = [name for name in ("x_embedder.proj.weight", "final_layer.linear.weight",
+                                 "y_embedder.y_proj.fc1.weight") if name not in state]
+    require(not missing, f"tensors are missing: {', '.join(missing)}")
     hidden, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     empty, table = state.get("y_embedder.y_embedding"), state.pop("pos_embed", None)
     side = XL_2["input_size"] // patch if table is None else math.isqrt(table.shape[1])
@@ -349,7 +362,7 @@ def net_args_of(state):
             "out_channels": len(state["final_layer.linear.weight"]) // patch**2,
             "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
             "caption_channels": state["y_embedder.y_proj.fc1.weight"].shape[1],
-            "caption_tokens": 0 if empty is None else len(empty)}
+            "caption_tokens": XL_2["caption_tokens"] if empty is None else len(empty)}
 
 
 # ---- From latents to pixels: the decoder of sd-vae-ft-ema, with diffusers' names ----
@@ -426,13 +439,12 @@ def load_vae_decoder(folder):
     the mid attention has either spelling. UserError as in load_pixart."""
     folder = Path(folder) / "vae" if (Path(folder) / "vae").is_dir() else Path(folder)
     config, state = read_json(folder / "config.json"), {}
-    spelling = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for name, w in read_weights(find_weights(folder)).items():
-        if name.startswith(("decoder.", "post_quant_conv.")):
-            *path, attention, kind = [".", *name.split(".")]
-            state[".".join([*path[1:], spelling.get(attention, attention), kind])] = w
-        elif not name.startswith(("encoder.", "quant_conv.")):
-            raise UserError(f"{folder} holds {name}: expected a diffusers AutoencoderKL")
+        for theirs, ours in older.items():
+            name = name.replace(f"attentions.0.{theirs}.", f"attentions.0.{ours}.")
+        if not name.startswith(("encoder.", "quant_conv.")):
+            state[name] = w
     with blame(f"{folder} is refused ({{}}): expected a diffusers AutoencoderKL"):
         args = {"channels": config["block_out_channels"], "layers": config["layers_per_block"],
                 "groups": config["norm_num_groups"], "latent_channels": config["latent_channels"]}
@@ -506,14 +518,16 @@ class Captions:
         return captions, masks
 
 
-def cached(encode, folder, prompts):
-    """encode(prompts), kept in checkpoints/ for these prompts and this folder of T5's: read from the disk as
-    it is used, and by all ranks. The first rank encodes."""
-    key = hashlib.sha256("\n".join([str(Path(folder).resolve()), *prompts]).encode()).hexdigest()
-    path = Path("checkpoints") / f"captions-{key[:16]}.pt"
+def cached(teacher, folder, prompts):
+    """teacher.encode(prompts), kept in checkpoints/ for these prompts and these files of T5's, and read from
+    the disk as it is used, by all ranks. The first rank encodes."""
+    files = sorted((str(file.relative_to(folder)), file.stat().st_size)
+                   for file in Path(folder).rglob("*") if file.is_file())
+    key = json.dumps([prompts, teacher.length, str(Path(folder).resolve()), files])
+    path = Path("checkpoints") / f"captions-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if world()[0] == 0 and not path.exists():
         path.parent.mkdir(exist_ok=True)
-        save(vars(encode(prompts)), path)
+        save(vars(teacher.encode(prompts)), path)
         print(f"the prompts are encoded in {path}, {path.stat().st_size / 1e9:.2f} GB")
     if dist.is_initialized():
         dist.barrier()
@@ -527,13 +541,13 @@ def read_prompts(path, column="prompt"):
     path = Path(path)
     expected = f"expected text, one prompt a line, or .csv or .jsonl with a column {column} (--column)"
     with blame(f"{path} cannot be read as prompts ({{}}): {expected}", OSError, ValueError, LookupError,
-               TypeError, AttributeError):
+               TypeError, AttributeError, csv.Error):
         text = path.read_text(encoding="utf-8-sig")
-        lines = text.splitlines()
+        lines = text.split("\n")
         if path.suffix == ".csv":
             lines = [row[column] or "" for row in csv.DictReader(io.StringIO(text))]
         elif path.suffix == ".jsonl":
-            lines = [json.loads(line)[column] for line in lines if line.strip()]
+            lines = [json.loads(line)[column] or "" for line in lines if line.strip()]
         prompts = [line.strip() for line in lines if line.strip()]
         require(prompts, "there are none in it")
     return prompts
@@ -582,6 +596,8 @@ def tested_prompts():
 
 def tokenize(texts, length=TOKENS):
     """-> ids and mask (N, length) of bytes."""
+    if long := sum(len(text.encode()) >= length for text in texts):
+        print(f"{long} of {len(texts)} prompts have more than {length - 1} bytes: the rest is cut off")
     made = ByT5Tokenizer()(texts, padding="max_length", max_length=length, truncation=True,
                            return_tensors="pt")
     return made.input_ids, made.attention_mask
@@ -593,6 +609,7 @@ class Miniature(nn.Module):
     def __init__(self, net, text):
         super().__init__()
         check_sizes(text, MINI_TEXT)
+        self.text_args = text
         self.net, self.text = EDMPrecond(PixArt(**net)), T5EncoderModel(T5Config(**text))
 
     def forward(self, x, t, ids, mask):
@@ -628,13 +645,14 @@ def token_features(net, images, t=0.2):
 # ---- Teachers ----
 @dataclass
 class Teacher:
-    """A denoiser net(x, t, caption, mask), frozen, and what surrounds it: encode(prompts) -> Captions;
-    decode(x) -> images (B, 3, H, W) in about [-1, 1]; text, a miniature's own encoder, which is kept with
-    it."""
+    """A denoiser net(x, t, caption, mask), frozen, and what surrounds it: encode(prompts) -> Captions, each
+    of this length; decode(x) -> images (B, 3, H, W) in about [-1, 1]; whole, the Miniature that it is a part
+    of, if it is."""
     net: nn.Module
+    length: int
     encode: Callable
     decode: Callable
-    text: nn.Module | None = None
+    whole: Miniature | None = None
 
 
 def image_shape(net):
@@ -651,23 +669,34 @@ def miniature(whole):
         pairs = zip(*[v.split(500) for v in tokenize(prompts)])
         return Captions.pack((whole.text(ids.to(device), masks.to(device)).last_hidden_state.cpu(), masks)
                              for ids, masks in pairs)
-    return Teacher(whole.net, encode, lambda x: x, whole.text)
+    return Teacher(whole.net, TOKENS, encode, lambda x: x, whole)
 
 
 def pixart(net, args, device):
     """A PixArtPrecond as a Teacher, with T5 and the VAE of --t5 and --vae. UserError if one is not there."""
-    tokens = net.model.net_args["caption_tokens"] or XL_2["caption_tokens"]
-    encode = partial(encode_in_batches, args.t5, dtype=torch.bfloat16, tokens=tokens, device=device)
+    for path, flag in ((args.t5, "--t5"), (args.vae, "--vae")):
+        if not Path(path).is_dir():
+            raise UserError(f"{flag}: the folder {path} does not exist (README.md: what to put there)")
+    length = net.model.net_args["caption_tokens"] or XL_2["caption_tokens"]
+    encode = partial(encode_in_batches, args.t5, dtype=torch.bfloat16, tokens=length, device=device)
     vae = load_vae_decoder(args.vae).to(device)
 
     @torch.no_grad()
     def decode(x):
         return torch.cat([vae(latents.float()) for latents in x.split(4)])
-    return Teacher(net, lambda prompts: Captions.pack(encode(prompts)), decode)
+    return Teacher(net, length, lambda prompts: Captions.pack(encode(prompts)), decode)
 
 
 def surround(net, args, device):
     return miniature(net) if isinstance(net, Miniature) else pixart(net, args, device)
+
+
+def encode_all(encode, prompts):
+    """-> the Captions of prompts; caption and mask of the empty text, for Guided"""
+    captions = encode([*prompts, ""])
+    blank = [v[0] for v in captions[[len(prompts)]]]
+    captions.lengths = captions.lengths[:-1]
+    return captions, blank
 
 
 def build(**net_args):
@@ -675,7 +704,7 @@ def build(**net_args):
     return Miniature(**net_args) if "text" in net_args else PixArtPrecond(PixArt(**net_args))
 
 
-def load_network(path):
+def load_network(path, prefer_ema=False):
     """A run's folder, a file of ours, or PixArt's in any of load_pixart's forms. -> (Miniature or
     PixArtPrecond, t_star, meta)"""
     ours = (Path(path) / "args.json").exists()
@@ -683,7 +712,10 @@ def load_network(path):
         ours = ours or "net_args" in torch.load(path, map_location="meta", weights_only=True)
     if ours:
         return load_generator(path, build)
-    return PixArtPrecond(load_pixart(path)), PRESETS["paper"]["t_star"], {}
+    folder = Path(path)
+    if folder.is_dir() and not ((folder / "transformer").exists() or (folder / "config.json").exists()):
+        raise UserError(f"{path} is the folder of no run and of no diffusers model")
+    return PixArtPrecond(load_pixart(path, prefer_ema=prefer_ema)), PAPER["t_star"], {}
 
 
 def load_teacher(args, device):
@@ -694,12 +726,13 @@ def load_teacher(args, device):
         args.teacher = "miniature" if missing else "pixart"
         print(f"teacher: the embedded miniature; for PixArt-alpha, {missing[0]} is missing" if missing else
               "teacher: PixArt-alpha")
-    path = {"miniature": EMBEDDED, "pixart": PIXART}.get(args.teacher, args.teacher)
-    net = load_network(path)[0].to(device)
-    if Path(path).is_file():
-        args.teacher_sha256 = sha256(path)
-        weights = sum(w.numel() for w in net.parameters())
-        print(f"{path}: {weights:,} parameters, sha256 {args.teacher_sha256}")
+    path = Path({"miniature": EMBEDDED, "pixart": PIXART}.get(args.teacher, args.teacher))
+    net = load_network(path, args.prefer_ema)[0].to(device)
+    inside = (path / "g_ema.pt", find_weights(path / "transformer"), find_weights(path))
+    file = path if path.is_file() else next(file for file in inside if file.exists())
+    args.teacher_sha256 = sha256(file)
+    weights = sum(w.numel() for w in net.parameters())
+    print(f"{file}: {weights:,} parameters, sha256 {args.teacher_sha256}")
     return surround(net, args, device)
 
 
@@ -740,7 +773,7 @@ class Guided(nn.Module):
         if self.guidance == 1:
             return self.net(x, t, caption, mask)
         empty_mask = mask if self.empty_mask is None else self.empty_mask.expand_as(mask)
-        both = torch.cat([caption, self.empty.to(caption).expand_as(caption)]), torch.cat([mask, empty_mask])
+        both = torch.cat([caption, self.empty.expand_as(caption)]), torch.cat([mask, empty_mask])
         guided, free = self.net(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
         return free + self.guidance * (guided - free)
 
@@ -781,12 +814,12 @@ def train(args, d_q, captions, parts, report):
              "theta": partial(p_edm, mean=args.p_mean, std=args.p_std, **span)}
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
 
-    @functools.lru_cache(maxsize=1)  # those of one micro-batch, when its turn comes
-    def of_prompts(k):
-        return [v.to(device) for v in captions[k]]
+    @functools.lru_cache(maxsize=1)  # a micro-batch's, when its turn comes; its tensor cond is the key
+    def look_up(cond):
+        return [v.to(device) for v in captions[cond]]
 
-    def given(net, k):
-        return given_caption(net, of_prompts(k), args.amp)
+    def given(net, cond):  # cond (B,): which captions
+        return given_caption(net, look_up(cond), args.amp)
 
     def draw(phase):  # -> [(z, t, eps, cond)], this rank's micro-batches of the global draw
         where = {"device": device, "generator": random}
@@ -845,60 +878,59 @@ def forward_flops(net, length):
 
 
 # ---- Samples, with their captions, and how good they are ----
+def in_batches(solve, net, z, captions, masks, batch=100):
+    """solve(denoiser, z) for z (N, C, H, W), captions (N, L, C), masks (N, L), some at once -> (N, C, H,
+    W)"""
+    pieces = zip(z.split(batch), captions.split(batch), masks.split(batch))
+    return torch.cat([solve(given_caption(net, cond), v) for v, *cond in pieces])
+
+
 @torch.no_grad()
-def sample_one_step(g, t_star, z, captions, masks, batch=100):
-    """z (N, C, H, W) standard normal, captions (N, L, C), masks (N, L) -> latents (N, C, H, W), one
-    forward"""
+def sample_one_step(g, t_star, z, captions, masks):
+    """z (N, C, H, W) standard normal, captions (N, L, C), masks (N, L) -> latents (N, C, H, W): (B.15)"""
     t = torch.full((1, 1, 1, 1), t_star, device=z.device)
-    rows = zip(z.split(batch), captions.split(batch), masks.split(batch))
-    return torch.cat([given_caption(g, cond)(t * v, t) for v, *cond in rows])
+    return in_batches(lambda denoiser, v: denoiser(t * v, t), g, z, captions, masks)
 
 
-def sample_teacher(guided, z, captions, masks, num_steps=14, solver="dpm", batch=100):
+def sample_teacher(guided, z, captions, masks, num_steps=14, solver="dpm"):
     """The same by DPM-Solver++ of second order (num_steps evaluations of the guided teacher), or Heun's
     method (2 num_steps - 1)."""
-    solve = dpm_solver if solver == "dpm" else edm_sampler
-    rows = zip(z.split(batch), captions.split(batch), masks.split(batch))
-    return torch.cat([solve(given_caption(guided, cond), v, num_steps) for v, *cond in rows])
+    solve, span = dpm_solver if solver == "dpm" else edm_sampler, getattr(guided.net, "span", {})
+    return in_batches(partial(solve, num_steps=num_steps, **span), guided, z, captions, masks)
 
 
-def captioned(rows, texts, least=96, across=10):
+def captioned(sets, texts, across=10):
     """Sets of images (N, 3, H, W) above each other, with their texts below. -> a Pillow image"""
-    zoom = max(1, -(-least // rows[0].shape[-1]))
-    size, sheets = rows[0].shape[-1] * zoom + 6, []
+    gap = max(1, sets[0].shape[-1] // 16)
+    framed = [to_uint8(F.pad(images, (0, gap, 0, gap), value=1)) for images in sets]
+    zoom = max(1, 100 // framed[0].shape[-1])
+    size, blocks = framed[0].shape[-1] * zoom, []
     for first in range(0, len(texts), across):
-        sheet = Image.new("RGB", (min(len(texts), across) * size, len(rows) * size + 52), "white")
-        for i, text in enumerate(texts[first:first + across]):
-            for j, images in enumerate(rows):
-                image = image_grid(to_uint8(images[first + i][None]))
-                image = image.resize((size - 6, size - 6), Image.Resampling.NEAREST)
-                sheet.paste(image, (i * size, j * size))
-            lines = textwrap.wrap(text, size // 6)[:4]
-            ImageDraw.Draw(sheet).text((i * size, len(rows) * size), "\n".join(lines), "black")
-        sheets.append(sheet)
-    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
-    for k, sheet in enumerate(sheets):
-        whole.paste(sheet, (0, k * sheet.height))
-    return whole
+        some = slice(first, first + across)
+        grid = image_grid(torch.cat([images[some] for images in framed]), len(texts[some]))
+        block = Image.new("RGB", (size * min(across, len(texts)), grid.height * zoom + 52), "white")
+        block.paste(grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST))
+        for i, text in enumerate(texts[some]):
+            lines = "\n".join(textwrap.wrap(text, size // 6)[:4])
+            ImageDraw.Draw(block).text((i * size, grid.height * zoom), lines, "black")
+        blocks.append(np.asarray(block))
+    return Image.fromarray(np.concatenate(blocks))
 
 
-def distil(args, folder, teacher):
+def distil(args, folder, teacher, prompts, captions, blank):
     """Train, with a log, pictures and checkpoints as it goes; then teacher and one step side by side."""
     (folder / "samples").mkdir(exist_ok=True)
     device = next(teacher.net.parameters()).device
-    prompts = read_prompts(args.prompts, args.column) if args.prompts else [write(p) for p in PROMPTS]
-    bank = teacher.encode([*prompts, ""]) if teacher.text else cached(teacher.encode, args.t5, [*prompts, ""])
-    guided = Guided(teacher.net, args.guidance, *[v[0] for v in bank[[len(prompts)]]]).to(device)
-    bank.lengths = bank.lengths[:-1]  # without the empty one
-    parts, test = prepare(args, folder, guided), Test(teacher, prompts, bank)
-    g, log = parts["g_ema"], parts["log"]
+    guided = Guided(teacher.net, args.guidance, *blank).to(device)
+    parts, test = prepare(args, folder, guided), Test(teacher, prompts, captions)
+    g, log, dtype = parts["g_ema"], parts["log"], torch.bfloat16 if args.amp == "bf16" else torch.float32
 
     def keep(name):
-        whole, net_args = g, g.model.net_args
-        if teacher.text:
-            whole = nn.ModuleDict({"net": g, "text": teacher.text})
-            net_args = {"net": net_args, "text": MINI_TEXT}
-        save_generator(folder / name, whole, net_args, args.t_star, teacher=args.teacher,
+        net, net_args = g, g.model.net_args
+        if teacher.whole:
+            net = nn.ModuleDict({"net": g, "text": teacher.whole.text})
+            net_args = {"net": net_args, "text": teacher.whole.text_args}
+        save_generator(folder / name, net, net_args, args.t_star, teacher=args.teacher,
                        guidance=args.guidance, step=log.step)
 
     def look():
@@ -906,12 +938,11 @@ def distil(args, folder, teacher):
         save_picture(image_grid(to_uint8(images[:80]), 10), folder / "samples" / f"{log.step:07}.png")
         return figures
 
-    flops, dtype = sum(passes(args)) * forward_flops(teacher.net, bank.length), torch.float32
-    speed = Speed(log.step, args.batch, flops, device, torch.bfloat16 if args.amp == "bf16" else dtype)
-    ranks, micro = world()[1], args.batch_gpu
-    steps = math.ceil(args.batch / ranks / micro)
-    print(f"batch {args.batch} = {ranks} ranks x {steps} accumulated micro-batches of {micro}")
-    train(args, guided, bank, parts, reporter(args, folder, parts, speed, look, keep))
+    flops = sum(passes(args)) * forward_flops(teacher.net, captions.length)
+    speed = Speed(log.step, args.batch, flops, device, dtype)
+    times = math.ceil(args.batch / world()[1] / args.batch_gpu)
+    print(f"batch {args.batch}: {world()[1]} ranks x {times} micro-batches of at most {args.batch_gpu}")
+    train(args, guided, captions, parts, reporter(args, folder, parts, speed, look, keep))
     if world()[0] == 0:
         summarise(args, folder, test, guided, g, log)
 
@@ -923,7 +954,7 @@ class Test:
     else)."""
     def __init__(self, teacher, prompts, captions):
         self.teacher, self.prompts = teacher, prompts[:8]
-        self.asked = tested_prompts() if teacher.text else None
+        self.asked = tested_prompts() if teacher.whole else None
         if self.asked:
             self.prompts = [write(prompt) for prompt in self.asked]
             captions = teacher.encode(self.prompts)
@@ -977,34 +1008,34 @@ def read_latents(path, shape):
     not."""
     expected = f"expected {tuple(shape)}, standard normal, finite, .npy or .pt"
     with blame(f"{path} is refused ({{}}): {expected}", Exception):
-        z = np.load(path) if str(path).endswith(".npy") else torch.load(path, weights_only=True)
+        npy = str(path).endswith(".npy")
+        z = np.load(path) if npy else torch.load(path, map_location="cpu", weights_only=True)
         z = torch.as_tensor(z, dtype=torch.float32)
-        require(z.shape == shape and z.isfinite().all(), f"its shape is {tuple(z.shape)}")
+        require(z.shape == shape, f"its shape is {tuple(z.shape)}")
+        require(z.isfinite().all(), "not finite")
     return z
 
 
 def sample(args, device):
     """--sample: one forward and one decode an image, from seed, seed + 1, ...; n images a prompt."""
-    out = Path(args.out or "sample.png")
-    if out.suffix not in ("", ".png"):
-        raise UserError(f"--out {out}: expected a .png or a folder")
+    out = check_out(args.out or "sample.png")
     prompts = [*args.prompt, *(read_prompts(args.prompt_file, args.column) if args.prompt_file else [])]
-    if not any(prompt.strip() for prompt in prompts):
+    texts = [prompt for prompt in prompts if prompt.strip() for _ in range(args.n)]
+    if not texts:
         raise UserError("--sample needs a text: --prompt 'a red ring on a blue background', or --prompt-file")
-    texts = [prompt for prompt in prompts for _ in range(args.n)]
-    net, t_star, meta = load_network(args.sample)
+    net, t_star, meta = load_network(args.sample, args.prefer_ema)
     g = surround(net.to(device), args, device)
     z = draw_latents(range(args.seed, args.seed + len(texts)), image_shape(g.net))[0]
     z = (read_latents(args.latents, z.shape) if args.latents else z).to(device)
     d_q = teacher_of(args, g, meta, device) if args.teacher_steps else None
-    captions = g.encode([*texts, ""])
-    cond, rows = [v.to(device) for v in captions[range(len(texts))]], {}
+    captions, blank = encode_all(g.encode, texts)
+    cond, sets = [v.to(device) for v in captions[range(len(texts))]], {}
     if d_q:
         guidance = meta.get("guidance", PAPER["guidance"]) if args.guidance is None else args.guidance
-        guided = Guided(d_q.net, guidance, *[v[0] for v in captions[[len(texts)]]]).to(device)
-        rows["teacher"] = g.decode(sample_teacher(guided, z, *cond, args.teacher_steps, args.solver)).cpu()
-    rows["one_step"] = g.decode(sample_one_step(g.net, args.t_star or t_star, z, *cond)).cpu()
-    write_images(out, rows, texts)
+        guided = Guided(d_q.net, guidance, *blank).to(device)
+        sets["teacher"] = g.decode(sample_teacher(guided, z, *cond, args.teacher_steps, args.solver)).cpu()
+    sets["one_step"] = g.decode(sample_one_step(g.net, args.t_star or t_star, z, *cond)).cpu()
+    write_images(out, sets, texts)
 
 
 def teacher_of(args, g, meta, device):
@@ -1013,40 +1044,38 @@ def teacher_of(args, g, meta, device):
     if not args.teacher:
         raise UserError(f"--teacher-steps: name the teacher of {args.sample} by --teacher")
     d_q = load_teacher(args, device)
-    if image_shape(d_q.net) != image_shape(g.net) or bool(d_q.text) != bool(g.text):
+    if image_shape(d_q.net) != image_shape(g.net) or bool(d_q.whole) != bool(g.whole):
         raise UserError(f"--teacher {args.teacher} makes other images than {args.sample}")
     return d_q
 
 
-def write_images(out, rows, texts):
+def check_out(out):
+    """UserError, before anything is drawn, unless it is a .png in a folder that exists, or an empty
+    folder."""
+    out = Path(out)
+    if out.suffix == ".png" and out.parent.is_dir() and not out.is_dir():
+        return out
+    if not out.suffix and (not out.exists() or out.is_dir() and not any(out.iterdir())):
+        return out
+    raise UserError(f"--out {out}: expected a .png in a folder that exists, or a new folder")
+
+
+def write_images(out, sets, texts):
     """A .png of one image, or of all with their prompts; or a folder of PNGs and prompts.txt, as --score
     reads."""
     if out.suffix == ".png":
-        images = rows["one_step"]
-        alone = len(images) == len(rows) == 1
-        save_picture(image_grid(to_uint8(images)) if alone else captioned(list(rows.values()), texts), out)
+        alone = len(texts) == len(sets) == 1
+        picture = image_grid(to_uint8(sets["one_step"])) if alone else captioned(list(sets.values()), texts)
+        save_picture(picture, out)
     else:
-        for name, images in rows.items():
+        for name, images in sets.items():
             folder = out if name == "one_step" else out / name
             folder.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(to_uint8(images)):
                 save_picture(image_grid(image[None]), folder / f"{k:06}.png")
             with atomic(folder / "prompts.txt") as temporary:
                 temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts))
-    print(f"{len(texts)} images ({', '.join(rows)}): {out}")
-
-
-class AestheticHead(nn.Module):
-    """LAION's head on CLIP's embedding of an image, scaled to length 1, (N, 768) -> (N,); its own names."""
-    def __init__(self, sizes):
-        super().__init__()
-        places = 0, 2, 4, 6, 7  # dropouts, which are nothing here, had the others
-        self.layers = nn.ModuleDict({str(k): nn.Linear(a, b) for k, a, b in zip(places, sizes, sizes[1:])})
-
-    def forward(self, x):
-        for layer in self.layers.values():
-            x = layer(x)
-        return x[:, 0]
+    print(f"{len(texts)} images ({', '.join(sets)}): {out}")
 
 
 @torch.no_grad()
@@ -1059,7 +1088,10 @@ def clip_embeddings(folder, files, texts, device, batch=32):
         require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
     model, images, words = model.to(device).eval(), [], []
     for first in progress(range(0, len(files), batch), Path(folder).name):
-        opened = [Image.open(file).convert("RGB") for file in files[first:first + batch]]
+        opened = []
+        for file in files[first:first + batch]:
+            with blame(f"{file} cannot be read ({{}}): expected an image", OSError, SyntaxError, ValueError):
+                opened.append(Image.open(file).convert("RGB"))
         made = processor(images=opened, text=texts[first:first + batch], padding=True, truncation=True,
                          max_length=77, return_tensors="pt").to(device)
         images.append(model.get_image_features(made.pixel_values).pooler_output)
@@ -1075,6 +1107,7 @@ def score(args, device):
     texts = read_prompts(args.prompt_file or folder / "prompts.txt", args.column)
     if len(files) != len(texts):
         raise UserError(f"{folder}: {len(files)} images (.png, .jpg), {len(texts)} prompts: expected as many")
+    heads = {"aesthetic": load_aesthetic(args.aesthetic)} if Path(args.aesthetic).exists() else {}
     embed = functools.cache(lambda clip: clip_embeddings(clip, files, texts, device))
     for name, clip, *head in (("pickscore", args.pickscore), ("clipscore", args.clip),
                               ("aesthetic", args.clip, args.aesthetic)):
@@ -1084,11 +1117,11 @@ def score(args, device):
         images, words, scale = embed(clip)
         cosine = (images * words).sum(1)
         if name == "aesthetic":
-            values = load_aesthetic(*head, images.shape[1]).to(device)(images)
+            values = heads[name].to(device)(images)[:, 0]
         else:  # CLIP score: Hessel et al. 2021, times 100 as is usual
             values = scale * cosine if name == "pickscore" else (100 * cosine).clamp(min=0)
         scores[name] = values.tolist()
-        models |= {*Path(clip).glob("*.safetensors"), *Path(clip).glob("*.bin"), *map(Path, head)}
+        models |= {*(list(Path(clip).glob("*.safetensors")) or Path(clip).glob("*.bin")), *map(Path, head)}
         print(f"{name} {values.mean():.4f}, standard deviation {values.std(correction=0):.4f}, by {clip}")
     if not scores:
         raise UserError("--score needs the folder of a CLIP, --clip or --pickscore (README.md: which)")
@@ -1100,11 +1133,15 @@ def score(args, device):
     print(f"{folder}/scores.json has each image's, and the models' SHA-256")
 
 
-def load_aesthetic(path, width):
-    """sac+logos+ava1-l14-linearMSE.pth. UserError for another."""
-    state = read_weights(path)
+def load_aesthetic(path):
+    """LAION's sac+logos+ava1-l14-linearMSE.pth: of CLIP's embeddings of images, of length 1, (N, 768) -> (N,
+    1). UserError for another."""
+    def head():  # there are dropouts in between, which are nothing here
+        sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+        layers = [nn.Linear(*sizes[k]) if k in sizes else nn.Identity() for k in range(8)]
+        return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
     with blame(f"{path} is refused ({{}}): expected LAION's aesthetic head for CLIP ViT-L/14"):
-        return adopt(AestheticHead, {"sizes": (width, 1024, 128, 64, 16, 1)}, state)
+        return adopt(head, {}, read_weights(path))
 
 
 class AnyCaption:
@@ -1164,7 +1201,8 @@ class Live(TorchDispatchMode):
 def peak_memory(args):
     """--memory: GiB of weights, after an update (with gradients and Adam) and at the peak, of the same
     updates on tensors without contents. What the device's own libraries take comes on top."""
-    args.steps, args.compile, kept = 2, False, []
+    args.steps, args.compile, args.truncate, kept = 2, False, "clamp", []
+    args.batch = min(args.batch, 2 * args.batch_gpu)  # more of them take no more
     try:
         with (FakeTensorMode(allow_non_fake_inputs=True), Live() as live, warnings.catch_warnings(),
               tempfile.TemporaryDirectory() as folder):
@@ -1180,6 +1218,15 @@ def peak_memory(args):
     print(f"micro-batch {args.batch_gpu}, --amp {args.amp}, checkpointing {args.checkpointing}: weights "
           "{:.1f} GiB, between updates {:.1f}, peak {:.1f}".format(*gib))
     return gib
+
+
+def measure_machine(args, device):
+    """--bench and --memory, of random weights: the answers do not depend on them."""
+    if args.teacher not in ("auto", "miniature", "pixart"):
+        raise UserError("--bench and --memory take --teacher miniature or pixart: they read no file")
+    args.preset = "paper" if args.teacher == "pixart" else "miniature"
+    settle(args, PRESETS[args.preset] | {"steps": 3})
+    return peak_memory(args) if args.memory else time_updates(args, device)
 
 
 # ---- The command line ----
@@ -1205,6 +1252,7 @@ def parse(argv):
     group.add_argument("--column", default="prompt", help="of a .csv or .jsonl")
     group.add_argument("--t5", metavar="DIR", default="checkpoints/t5-v1_1-xxl", help="T5's encoder")
     group.add_argument("--vae", metavar="DIR", default="checkpoints/sd-vae-ft-ema", help="latents' decoder")
+    parser.add_argument("--prefer-ema", action="store_true", help="a .pth's state_dict_ema")
     group = parser.add_argument_group("samples")
     group.add_argument("--prompt", action="append", default=[], help="of --sample; may be given again")
     group.add_argument("--prompt-file", metavar="FILE", help="the same, as --prompts")
@@ -1234,17 +1282,19 @@ def main(argv=None):
         settle(args, PRESETS["teacher"])
         args.out = args.out or "runs/miniature_teacher"
         return train_teacher(args, open_run(args, IGNORE), device)
-    if args.bench or args.memory:  # whose answers do not depend on the weights
-        args.preset = args.preset or ("paper" if args.teacher == "pixart" else "miniature")
-        settle(args, PRESETS[args.preset] | {"steps": 3})
-        return peak_memory(args) if args.memory else time_updates(args, device)
+    if args.bench or args.memory:
+        return measure_machine(args, device)
     teacher = load_teacher(args, device)
-    args.preset = args.preset or ("miniature" if teacher.text else "paper")
+    args.preset = args.preset or ("miniature" if teacher.whole else "paper")
     settle(args, PRESETS[args.preset])
-    if not teacher.text and not args.prompts:
+    if not teacher.whole and not args.prompts:
         raise UserError("PixArt-alpha needs texts to train on: --prompts FILE, one a line")
+    prompts = read_prompts(args.prompts, args.column) if args.prompts else [write(p) for p in PROMPTS]
+    encode = teacher.encode if teacher.whole else partial(cached, teacher, args.t5)
+    texts = encode_all(encode, prompts)
+    args.prompts_sha256 = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     args.out = args.out or f"runs/{Path(args.teacher).stem}-{args.method}-{args.distance}-{args.seed}"
-    distil(args, open_run(args, IGNORE), teacher)
+    distil(args, open_run(args, IGNORE), teacher, prompts, *texts)
 
 
 if __name__ == "__main__":

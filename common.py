@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 
@@ -638,7 +639,8 @@ def pick_device(name="auto"):
     if ranked and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(hours=6)  # the first rank may have much to download or to encode
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -994,9 +996,12 @@ def adopt(build, net_args, state_dict, where="meta"):
     nothing large allocated on meta, unless all names and shapes fit; or if a weight is not finite."""
     with torch.device(where):
         net = build(**net_args)
-    shapes = lambda arrays: {(name, tuple(array.shape)) for name, array in arrays.items()}
-    differ = sorted(shapes(net.state_dict()) ^ shapes(state_dict))
-    require(not differ, f"tensors missing, superfluous or of another shape, as {differ[:1]}")
+    ours = net.state_dict()
+    for fault, names in (("missing", ours.keys() - state_dict), ("superfluous", state_dict.keys() - ours)):
+        require(not names, f"{len(names)} tensors are {fault}: {', '.join(map(str, sorted(names)[:3]))}")
+    for name, array in state_dict.items():
+        shape = tuple(ours[name].shape)
+        require(tuple(array.shape) == shape, f"{name} is {tuple(array.shape)}, expected {shape}")
     arrays = {name: torch.asarray(w, dtype=torch.float32, copy=True) for name, w in state_dict.items()}
     require(all(w.isfinite().all() for w in arrays.values()), "weights that are not finite")
     net.load_state_dict(arrays, assign=True)
@@ -1147,7 +1152,7 @@ class Log:
 def reporter(args, folder, parts, speed, look, keep):
     """What train() calls after each step: a log line where one is due, thirteen of them over the run with
     look()'s figures, and the checkpoint, with keep(name) for the generator."""
-    log = parts["log"]
+    log, stop = parts["log"], Stop()
 
     def report():
         due = log.step in {round(args.steps * (i / 12)**2) for i in range(13)}
@@ -1157,7 +1162,6 @@ def reporter(args, folder, parts, speed, look, keep):
             speed.restart()
         save_if_due(args, folder, parts, stop, keep)
 
-    stop = Stop()
     if log.new:
         report()
     return report

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,8 @@ def test_the_ema_is_preferred_on_request(tmp_path, release):
     path = write_pth(
         tmp_path / "a.pth", wrap=lambda s: {"state_dict": s, "state_dict_ema": both["state_dict_ema"](s)}
     )
+    with pytest.raises(common.UserError, match="no state_dict_ema"):
+        t2i.load_pixart(RELEASE, 4, prefer_ema=True)
     bias = "final_layer.linear.bias"
     plain, ema = (t2i.load_pixart(path, 4, prefer_ema=prefer) for prefer in (False, True))
     assert torch.equal(plain.state_dict()[bias] + 1, ema.state_dict()[bias])
@@ -218,7 +221,7 @@ def to_diffusers(state):
 
 def diffusers_folder(path, old=True, kind="safetensors", change=lambda state: state, **config):
     (path / "transformer").mkdir(parents=True)
-    config = {"num_attention_heads": 4, "attention_head_dim": 12, "sample_size": 16} | config
+    config = {"num_attention_heads": 4, "num_layers": 2, "sample_size": 16} | config
     if not old:
         config |= {"_class_name": "PixArtTransformer2DModel", "interpolation_scale": 1}
     (path / "transformer" / "config.json").write_text(json.dumps(config))
@@ -250,6 +253,11 @@ BAD = {
     "superfluous": (lambda s: s | {"blocks.1.more": torch.ones(2)}, "blocks.1.more"),
     "shape": (lambda s: s | {BIAS: torch.ones(7)}, BIAS),
     "1024-MS": (lambda s: s | {"csize_embedder.mlp.0.weight": torch.ones(2)}, "1024-MS"),
+    "1024-MS, the rest": (lambda s: s | {"ar_embedder.mlp.0.weight": torch.ones(2)}, "1024-MS"),
+    "no empty caption": (drop("y_embedder.y_embedding"), "y_embedder.y_embedding"),
+    "a tensor twice": (lambda s: s | {f"module.{BIAS}": s[BIAS]}, "twice"),
+    "a noise table": (lambda s: s | {"u": torch.ones(1001)}, "superfluous: u"),
+    "no first layer": (drop("x_embedder.proj.weight"), "missing: x_embedder.proj.weight"),
     "NaN": (with_nan, "not finite"),
     "another table": (lambda s: s | {"pos_embed": torch.zeros_like(s["pos_embed"])}, "position"),
     "another file": (lambda s: {"weight": torch.ones(3)}, "x_embedder"),
@@ -286,6 +294,8 @@ def test_a_wrong_diffusers_folder_is_refused(tmp_path):
     name = "transformer_blocks.1.attn1.to_k.bias"
     with pytest.raises(common.UserError, match="to_k"):
         t2i.load_pixart(diffusers_folder(tmp_path / "a", change=drop(name)))
+    with pytest.raises(common.UserError, match="missing: blocks.2"):
+        t2i.load_pixart(diffusers_folder(tmp_path / "c", num_layers=3))
     with pytest.raises(common.UserError, match="1024-MS"):
         t2i.load_pixart(diffusers_folder(tmp_path / "b", interpolation_scale=2))
     (tmp_path / "b" / "transformer" / "config.json").write_text("{")
@@ -576,7 +586,7 @@ def test_two_ranks_give_one_process_s_weights(whole):
         "--prompts",
         whole.parent / "prompts.txt",
     ]
-    command += [*FILES, *OPTIONS, "--out", whole.parent / "ranks"]
+    command += [*FILES, *OPTIONS, "--batch-gpu", "2", "--out", whole.parent / "ranks"]
     done = subprocess.run(command, cwd=whole.parent, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (weights(whole.parent / "ranks") - weights(whole)).norm() / weights(whole).norm() < 1e-6
@@ -606,10 +616,52 @@ def test_settings(whole, options):
     assert math.isfinite(line["loss_theta"]) and line["y_norm"] > 0
 
 
-def test_a_diffusers_folder_as_the_teacher(whole):
-    """Its empty caption is T5's of the empty text."""
-    folder = diffusers_folder(whole.parent / "pipeline")
-    pixart_run(whole.parent, "from-diffusers", "--steps", "1", teacher=folder)
+def test_a_diffusers_folder_as_the_teacher(whole, monkeypatch):
+    """Its empty caption is T5's of the empty text; and the captions cached for another length do not serve."""
+    seen = []
+    guided = t2i.Guided
+    monkeypatch.setattr(t2i, "Guided", lambda *options: seen.append(guided(*options)) or seen[-1])
+    pixart_run(
+        whole.parent, "from-diffusers", "--steps", "1", teacher=diffusers_folder(whole.parent / "pipeline")
+    )
+    empty, mask = t2i.encode_prompts(FIXTURES / "t5", [""], torch.bfloat16)
+    assert seen[0].empty.shape == (120, 32) and torch.equal(seen[0].empty_mask, mask[0])
+    assert torch.equal(seen[0].empty[:1], empty[0, :1])
+
+
+def test_other_prompts_are_another_run(whole, capsys):
+    folder = pixart_run(whole.parent, "prompts", "--steps", "1")
+    other = whole.parent / "other.txt"
+    other.write_text("a horse\n")
+    command = ["--teacher", RELEASE, "--prompts", other, *FILES, *OPTIONS, "--steps", "1", "--out", folder]
+    with pytest.raises(SystemExit):
+        t2i.main([str(word) for word in command])
+    assert "prompts_sha256" in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_no_folder(whole, capsys):
+    with pytest.raises(SystemExit):
+        pixart_run(whole.parent, "mistaken", "--t5", "nowhere")
+    assert not (whole.parent / "mistaken").exists()
+
+
+def test_bf16_agrees_with_float32(release):
+    net, x, cond = t2i.PixArtPrecond(release), IO["x"][:, :4], (IO["y"], IO["mask"])
+    t = torch.full((3, 1, 1, 1), 2.5)
+    with torch.no_grad():
+        exact, rounded = (t2i.given_caption(net, cond, amp)(x, t) for amp in ("none", "bf16"))
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    close(rounded - x, exact - x, 0.02)
+
+
+@pytest.mark.parametrize("solver, calls", [("dpm", 5), ("heun", 9)])
+def test_the_teacher_is_sampled_at_its_own_times(release, solver, calls):
+    seen = []
+    hook = release.register_forward_hook(lambda net, inputs, out: seen.append(inputs[1][0].item()))
+    guided = t2i.Guided(t2i.PixArtPrecond(release), 1.0)
+    t2i.sample_teacher(guided, torch.randn(3, 4, 16, 16), IO["y"], IO["mask"], num_steps=5, solver=solver)
+    hook.remove()
+    assert len(seen) == calls and seen[0] == 999 and seen[-1] == 0
 
 
 def test_the_times_of_training(whole, monkeypatch):
@@ -824,20 +876,13 @@ def test_scores_equal_the_case(tmp_path, capsys):
 # ---- Mistakes: one line, status 2 ----
 def mistakes(tmp_path):
     prompts, empty = tmp_path / "p.txt", tmp_path / "empty.txt"
-    prompts.write_text("a cat\n")
-    empty.write_text("\n")
-    np.save(tmp_path / "z.npy", np.zeros((1, 3, 8, 8), np.float32))
-    np.save(tmp_path / "two.npy", np.zeros((2, 3, 16, 16), np.float32))
-    (tmp_path / "cut.pt").write_bytes(t2i.EMBEDDED.read_bytes()[:100_000])
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "prompts.txt").write_text("a\n")
     mini = ["--sample", t2i.EMBEDDED]
     real = ["--teacher", RELEASE, "--prompts", prompts]
     return {
         "no such teacher": (["--teacher", tmp_path / "nothing.pth"], "nothing.pth does not exist"),
         "cut teacher": (["--teacher", tmp_path / "cut.pt"], "cut short"),
         "no PixArt": (["--teacher", "pixart"], "checkpoints"),
-        "no VAE": ([*real, "--t5", FIXTURES / "t5", "--vae", tmp_path / "v"], "config.json"),
+        "no VAE": ([*real, "--t5", FIXTURES / "t5", "--vae", tmp_path / "v"], "--vae"),
         "no T5": ([*real, "--t5", tmp_path / "t", "--vae", PIXART / "vae"], "does not exist"),
         "no prompts": (["--teacher", RELEASE, *FILES], "--prompts FILE"),
         "empty prompts": (["--teacher", RELEASE, *FILES, "--prompts", empty], "empty.txt"),
@@ -847,7 +892,14 @@ def mistakes(tmp_path):
         "latents' shape": ([*mini, "--prompt", "a", "--latents", tmp_path / "z.npy"], "(1, 3, 8, 8)"),
         "latents' number": ([*mini, "--prompt", "a", "--latents", tmp_path / "two.npy"], "(2, 3, 16, 16)"),
         "latents missing": ([*mini, "--prompt", "a", "--latents", tmp_path / "no.npy"], "no.npy"),
-        "out": ([*mini, "--prompt", "a", "--out", tmp_path / "x.gif"], ".png or a folder"),
+        "out": ([*mini, "--prompt", "a", "--out", tmp_path / "x.gif"], "a .png in a folder"),
+        "out in no folder": (
+            [*mini, "--prompt", "a", "--out", tmp_path / "no" / "x.png"],
+            "a .png in a folder",
+        ),
+        "out is not empty": ([*mini, "--prompt", "a", "--out", tmp_path / "images"], "a new folder"),
+        "a folder of nothing": (["--teacher", tmp_path / "images"], "no run"),
+        "bench of a file": (["--bench", "--teacher", RELEASE], "miniature or pixart"),
         "teacher of another kind": (
             [*mini, "--prompt", "a", "--teacher-steps", "2", "--teacher", RELEASE, *FILES],
             "other images",
@@ -863,19 +915,31 @@ def mistakes(tmp_path):
     }
 
 
-CASES = [
-    "no such teacher", "cut teacher", "no PixArt", "no VAE", "no T5", "no prompts", "empty prompts",
-    "sample without prompt", "empty prompt", "empty prompt file", "latents' shape", "latents' number",
-    "latents missing", "out", "teacher of another kind", "no teacher known", "score nothing", "score folder",
-    "flag", "half a flag", "solver", "distance", "device",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mistakes(Path()))
 def test_a_mistake_is_one_line(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    np.save(tmp_path / "z.npy", np.zeros((1, 3, 8, 8), np.float32))
+    np.save(tmp_path / "two.npy", np.zeros((2, 3, 16, 16), np.float32))
+    (tmp_path / "cut.pt").write_bytes(t2i.EMBEDDED.read_bytes()[:100_000])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "prompts.txt").write_text("a\n")
     command, words = mistakes(tmp_path)[case]
     with pytest.raises(SystemExit) as stop:
         t2i.main([str(word) for word in command])
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and words in error and error.startswith("error:") and "\n" not in error
+
+
+def test_nothing_asks_the_network(tmp_path, monkeypatch):
+    """Neither T5 nor CLIP nor the miniature: a folder that is not there is not looked for elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: 1 / 0)
+    t2i.encode_prompts(FIXTURES / "t5", ["a cat"])
+    t2i.tokenize(["a cat"])
+    for folder in ("google/t5-v1_1-xxl", FIXTURES / "scored"):
+        with pytest.raises(common.UserError):
+            t2i.encode_prompts(folder, ["a cat"])
+    with pytest.raises(common.UserError, match="CLIP"):
+        t2i.clip_embeddings("openai/clip-vit-base-patch32", [], [], "cpu")

@@ -617,7 +617,7 @@ def test_settings(whole, options):
 
 
 def test_a_diffusers_folder_as_the_teacher(whole, monkeypatch):
-    """Its empty caption is T5's of the empty text; and the captions cached for another length do not serve."""
+    """Its empty caption is T5's of the empty text, and captions cached for another length do not serve."""
     seen = []
     guided = t2i.Guided
     monkeypatch.setattr(t2i, "Guided", lambda *options: seen.append(guided(*options)) or seen[-1])

@@ -976,7 +976,9 @@ class Test:
 
     def judge(self, images):
         fd = frechet_distance(*moments(token_features(self.teacher.net, images.clamp(-1, 1))), *self.truth)
-        return prompt_accuracy(images.cpu(), self.asked) | {"fd": fd}
+        new = [k for k, prompt in enumerate(self.asked) if held_out(prompt)]
+        held = prompt_accuracy(images[new].cpu(), [self.asked[k] for k in new])["mean"]
+        return prompt_accuracy(images.cpu(), self.asked) | {"held_out": held, "fd": fd}
 
 
 def summarise(args, folder, test, guided, g, log):

@@ -903,12 +903,12 @@ def captioned(sets, texts, across=10):
     """Sets of images (N, 3, H, W) above each other, with their texts below. -> a Pillow image"""
     gap = max(1, sets[0].shape[-1] // 16)
     framed = [to_uint8(F.pad(images, (0, gap, 0, gap), value=1)) for images in sets]
-    zoom = max(1, 100 // framed[0].shape[-1])
+    zoom = max(1, 110 // framed[0].shape[-1])
     size, blocks = framed[0].shape[-1] * zoom, []
     for first in range(0, len(texts), across):
         some = slice(first, first + across)
         grid = image_grid(torch.cat([images[some] for images in framed]), len(texts[some]))
-        block = Image.new("RGB", (size * min(across, len(texts)), grid.height * zoom + 52), "white")
+        block = Image.new("RGB", (size * min(across, len(texts)), grid.height * zoom + 64), "white")
         block.paste(grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST))
         for i, text in enumerate(texts[some]):
             lines = "\n".join(textwrap.wrap(text, size // 6)[:4])

@@ -1,6 +1,6 @@
 """Stage 3: a text-to-image transformer becomes a one-step generator.
 
-    python 03_pixart_t2i.py                                           ten minutes on two cores: a miniature
+    python 03_pixart_t2i.py                                           eight minutes on two cores: a miniature
     python 03_pixart_t2i.py --teacher pixart --prompts prompts.txt    PixArt-alpha with the settings of B.3
     python 03_pixart_t2i.py --sample RUN --prompt "a large red ring on a blue background" --out ring.png
     python 03_pixart_t2i.py --memory --teacher pixart --batch-gpu 8   what a GPU must have
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import math
+import shlex
 import tempfile
 import textwrap
 import warnings
@@ -73,7 +74,8 @@ PRESETS = {"paper": PAPER,
                "psi_mean": -0.8, "psi_std": 1.4, "amp": "none", "batch_gpu": None, "save_every": 500,
                "log_every": 50}}
 EMBEDDED = Path(__file__).parent / "assets" / "miniature_teacher.pt"
-PIXART = "checkpoints/PixArt-XL-2-512x512.pth"
+PIXART, T5, VAE = [f"checkpoints/{name}" for name in (
+    "PixArt-XL-2-512x512.pth", "t5-v1_1-xxl", "sd-vae-ft-ema")]
 
 
 # ---- PixArt-alpha (Chen et al. 2023), with its own names for everything ----
@@ -477,7 +479,7 @@ def encode_in_batches(folder, prompts, dtype, tokens, batch=16, device="cpu"):
     encoder, tokenizer = load_text_encoder(folder, dtype)
     encoder, prompts = encoder.to(device), [prompt.strip() for prompt in prompts]
     if long := sum(len(ids) > tokens for ids in tokenizer(prompts, verbose=False).input_ids):
-        print(f"{long} of {len(prompts)} prompts have more than {tokens} tokens: what is beyond is cut off")
+        print(f"{long} prompts have more than {tokens} tokens: what is beyond is cut off")
     for first in progress(range(0, len(prompts), batch), "T5"):
         text = tokenizer(prompts[first:first + batch], max_length=tokens, padding="max_length",
                          truncation=True, return_tensors="pt").to(device)
@@ -543,11 +545,13 @@ def read_prompts(path, column="prompt"):
     with blame(f"{path} cannot be read as prompts ({{}}): {expected}", OSError, ValueError, LookupError,
                TypeError, AttributeError, csv.Error):
         text = path.read_text(encoding="utf-8-sig")
-        lines = text.split("\n")
+        lines, rows = text.split("\n"), []
         if path.suffix == ".csv":
-            lines = [row[column] or "" for row in csv.DictReader(io.StringIO(text))]
+            rows = list(csv.DictReader(io.StringIO(text)))
         elif path.suffix == ".jsonl":
-            lines = [json.loads(line)[column] or "" for line in lines if line.strip()]
+            rows = [json.loads(line) for line in lines if line.strip()]
+        require(all(column in row for row in rows), f"no column {column}")
+        lines = [row[column] or "" for row in rows] if path.suffix in (".csv", ".jsonl") else lines
         prompts = [line.strip() for line in lines if line.strip()]
         require(prompts, "there are none in it")
     return prompts
@@ -597,7 +601,7 @@ def tested_prompts():
 def tokenize(texts, length=TOKENS):
     """-> ids and mask (N, length) of bytes."""
     if long := sum(len(text.encode()) >= length for text in texts):
-        print(f"{long} of {len(texts)} prompts have more than {length - 1} bytes: the rest is cut off")
+        print(f"{long} prompts have more than {length - 1} bytes: what is beyond is cut off")
     made = ByT5Tokenizer()(texts, padding="max_length", max_length=length, truncation=True,
                            return_tensors="pt")
     return made.input_ids, made.attention_mask
@@ -674,6 +678,7 @@ def miniature(whole):
 
 def pixart(net, args, device):
     """A PixArtPrecond as a Teacher, with T5 and the VAE of --t5 and --vae. UserError if one is not there."""
+    args.t5, args.vae = args.t5 or T5, args.vae or VAE
     for path, flag in ((args.t5, "--t5"), (args.vae, "--vae")):
         if not Path(path).is_dir():
             raise UserError(f"{flag}: the folder {path} does not exist (README.md: what to put there)")
@@ -721,12 +726,15 @@ def load_network(path, prefer_ema=False):
 def load_teacher(args, device):
     """args.teacher, frozen, as a Teacher; auto is PixArt-alpha if its files are here. UserError if it cannot
     be had."""
-    missing = [path for path in (PIXART, args.t5, args.vae) if not Path(path).exists()]
+    missing = [path for path in (PIXART, args.t5 or T5, args.vae or VAE) if not Path(path).exists()]
     if args.teacher == "auto":
         args.teacher = "miniature" if missing else "pixart"
         print(f"teacher: the embedded miniature; for PixArt-alpha, {missing[0]} is missing" if missing else
               "teacher: PixArt-alpha")
     path = Path({"miniature": EMBEDDED, "pixart": PIXART}.get(args.teacher, args.teacher))
+    if not path.exists():
+        raise UserError(f"--teacher {args.teacher}: there is no {path} (README.md: what to download); the names "
+                        "are auto, miniature and pixart")
     net = load_network(path, args.prefer_ema)[0].to(device)
     inside = (path / "g_ema.pt", find_weights(path / "transformer"), find_weights(path))
     file = path if path.is_file() else next(file for file in inside if file.exists())
@@ -925,13 +933,15 @@ def distil(args, folder, teacher, prompts, captions, blank):
     parts, test = prepare(args, folder, guided), Test(teacher, prompts, captions)
     g, log, dtype = parts["g_ema"], parts["log"], torch.bfloat16 if args.amp == "bf16" else torch.float32
 
-    def keep(name):
+    def keep(file):
         net, net_args = g, g.model.net_args
         if teacher.whole:
             net = nn.ModuleDict({"net": g, "text": teacher.whole.text})
             net_args = {"net": net_args, "text": teacher.whole.text_args}
-        save_generator(folder / name, net, net_args, args.t_star, teacher=args.teacher,
-                       guidance=args.guidance, step=log.step)
+        known = {name: place if place in (None, "miniature", "pixart") else str(Path(place).resolve())
+                 for name, place in (("teacher", args.teacher), ("t5", args.t5), ("vae", args.vae))}
+        save_generator(folder / file, net, net_args, args.t_star, guidance=args.guidance, step=log.step,
+                       **known)
 
     def look():
         images, figures = test(partial(sample_one_step, g, args.t_star))
@@ -1001,7 +1011,7 @@ def summarise(args, folder, test, guided, g, log):
     for name, row in rows.items():
         print(f"{name:12}" + "".join(f"{row[key]:12.4g}" for key in rows["teacher"] if key in row))
     print(f"{log.elapsed():.0f} s; pictures: {folder}/samples.png (teacher above one step), curve.png")
-    print(f"next: python 03_pixart_t2i.py --sample {folder} --prompt 'a large red ring on a blue background'")
+    print(f"next: python 03_pixart_t2i.py --sample {folder} --prompt {shlex.quote(test.prompts[0])}")
 
 
 # ---- Without training ----
@@ -1024,8 +1034,9 @@ def sample(args, device):
     prompts = [*args.prompt, *(read_prompts(args.prompt_file, args.column) if args.prompt_file else [])]
     texts = [prompt for prompt in prompts if prompt.strip() for _ in range(args.n)]
     if not texts:
-        raise UserError("--sample needs a text: --prompt 'a red ring on a blue background', or --prompt-file")
+        raise UserError("--sample needs a text, as --prompt 'a large red ring on a blue background'")
     net, t_star, meta = load_network(args.sample, args.prefer_ema)
+    args.t5, args.vae = args.t5 or meta.get("t5"), args.vae or meta.get("vae")  # the run's, unless given
     g = surround(net.to(device), args, device)
     z = draw_latents(range(args.seed, args.seed + len(texts)), image_shape(g.net))[0]
     z = (read_latents(args.latents, z.shape) if args.latents else z).to(device)
@@ -1105,6 +1116,8 @@ def score(args, device):
     """--score: PickScore (Kirstain et al. 2023), CLIP score and LAION's aesthetic score of the images in a
     folder, by name, for the lines of its prompts.txt; those whose models are here. -> scores.json there"""
     folder, scores, models = Path(args.score), {}, set()
+    if not folder.is_dir():
+        raise UserError(f"--score {folder}: expected a folder of images with their prompts.txt")
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     texts = read_prompts(args.prompt_file or folder / "prompts.txt", args.column)
     if len(files) != len(texts):
@@ -1217,7 +1230,7 @@ def peak_memory(args):
         position_embedding.cache_clear()
         noise_table.cache_clear()
     gib = [size / 2**30 for size in (weights, kept[-1], live.peak)]
-    print(f"micro-batch {args.batch_gpu}, --amp {args.amp}, checkpointing {args.checkpointing}: weights "
+    print(f"{args.preset}, micro-batch {args.batch_gpu}, --amp {args.amp}, {args.checkpointing=}: weights "
           "{:.1f} GiB, between updates {:.1f}, peak {:.1f}".format(*gib))
     return gib
 
@@ -1241,8 +1254,8 @@ def parse(argv):
     parser = Parser(__doc__)
     parser.add_argument("--teacher", default="auto", help="auto, miniature (embedded), pixart (in "
                         "checkpoints/), or a .pth, a diffusers folder, a run, a .pt of ours")
-    parser.add_argument("--preset", choices=("paper", "miniature"), help="for the options left out; "
-                        "miniature with one, else paper (B.3)")
+    parser.add_argument("--preset", choices=("paper", "miniature"), help="for the options left out "
+                        "(PRESETS in this file); miniature with one, else paper (B.3)")
     add_method_arguments(parser)
     add_run_arguments(parser, n=1)
     add_image_arguments(parser)
@@ -1252,21 +1265,20 @@ def parse(argv):
     group = parser.add_argument_group("text")
     group.add_argument("--prompts", metavar="FILE", help="to train on: text, one a line, or .csv, .jsonl")
     group.add_argument("--column", default="prompt", help="of a .csv or .jsonl")
-    group.add_argument("--t5", metavar="DIR", default="checkpoints/t5-v1_1-xxl", help="T5's encoder")
-    group.add_argument("--vae", metavar="DIR", default="checkpoints/sd-vae-ft-ema", help="latents' decoder")
+    group.add_argument("--t5", metavar="DIR", help=f"T5's encoder ({T5})")
+    group.add_argument("--vae", metavar="DIR", help=f"latents' decoder ({VAE})")
     parser.add_argument("--prefer-ema", action="store_true", help="a .pth's state_dict_ema")
     group = parser.add_argument_group("samples")
     group.add_argument("--prompt", action="append", default=[], help="of --sample; may be given again")
     group.add_argument("--prompt-file", metavar="FILE", help="the same, as --prompts")
     group.add_argument("--teacher-steps", type=number(int), help="14: the teacher's beside, in so many")
     group.add_argument("--solver", choices=("dpm", "heun"), default="dpm", help="of the teacher")
-    group.add_argument("--latents", metavar="FILE", help="z itself, standard normal, .npy or .pt, for --seed")
+    group.add_argument("--latents", metavar="FILE", help="z, standard normal, before t*: .npy, .pt")
     group = parser.add_argument_group("scores")
     group.add_argument("--score", metavar="DIR", help="only measure images with their prompts.txt")
-    group.add_argument("--clip", metavar="DIR", default="checkpoints/clip-vit-large-patch14")
-    group.add_argument("--pickscore", metavar="DIR", default="checkpoints/PickScore_v1")
-    group.add_argument("--aesthetic", metavar="FILE",
-                       default="checkpoints/sac+logos+ava1-l14-linearMSE.pth")
+    for flag, name in (("--clip", "clip-vit-large-patch14"), ("--pickscore", "PickScore_v1"),
+                       ("--aesthetic", "sac+logos+ava1-l14-linearMSE.pth")):
+        group.add_argument(flag, metavar="PATH", default=f"checkpoints/{name}", help="of this score")
     parser.add_argument("--memory", action="store_true", help="only compute the peak memory at these sizes")
     return parser.parse_args(argv)
 
@@ -1280,6 +1292,8 @@ def main(argv=None):
         return score(args, device)
     if args.sample is not None:
         return sample(args, device)
+    if args.prompt or args.prompt_file or args.latents or args.teacher_steps:
+        raise UserError("--prompt, --prompt-file, --latents and --teacher-steps belong to --sample RUN")
     if args.train_teacher:
         settle(args, PRESETS["teacher"])
         args.out = args.out or "runs/miniature_teacher"

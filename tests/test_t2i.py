@@ -687,7 +687,15 @@ def test_sampling(whole, capsys):
     t2i.main([*base, "--out", "folder", "--seed", "3"])
     assert sorted(f.name for f in (place / "folder").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
     assert (place / "folder/prompts.txt").read_text() == "a cat\na red house\n"
-    single = ["--sample", str(whole), *FILES, "--prompt", "a red house", "--seed", "4", "--out"]
+    single = [
+        "--sample",
+        str(whole),
+        "--prompt",
+        "a red house",
+        "--seed",
+        "4",
+        "--out",
+    ]  # T5 and VAE: the run's
     t2i.main([*single, "one.png"])
     assert image("one.png").shape == (128, 128, 3)
     assert np.abs(image("one.png").astype(int) - image("folder/000001.png")).max() <= 1
@@ -879,7 +887,7 @@ def mistakes(tmp_path):
     mini = ["--sample", t2i.EMBEDDED]
     real = ["--teacher", RELEASE, "--prompts", prompts]
     return {
-        "no such teacher": (["--teacher", tmp_path / "nothing.pth"], "nothing.pth does not exist"),
+        "no such teacher": (["--teacher", tmp_path / "nothing.pth"], "there is no"),
         "cut teacher": (["--teacher", tmp_path / "cut.pt"], "cut short"),
         "no PixArt": (["--teacher", "pixart"], "checkpoints"),
         "no VAE": ([*real, "--t5", FIXTURES / "t5", "--vae", tmp_path / "v"], "--vae"),
@@ -906,7 +914,12 @@ def mistakes(tmp_path):
         ),
         "no teacher known": ([*mini, "--prompt", "a", "--teacher-steps", "2"], "name the teacher"),
         "score nothing": (["--score", tmp_path / "images"], "0 images"),
-        "score folder": (["--score", tmp_path / "none"], "prompts.txt"),
+        "score folder": (["--score", tmp_path / "none"], "expected a folder"),
+        "a prompt alone": (["--prompt", "a cat"], "belong to --sample"),
+        "no such column": (
+            ["--teacher", RELEASE, *FILES, "--prompts", tmp_path / "x.csv"],
+            "no column prompt",
+        ),
         "flag": (["--guidance", "-1"], "--guidance"),
         "half a flag": (["--guid", "2"], "unrecognized"),
         "solver": (["--solver", "euler"], "--solver"),
@@ -920,6 +933,7 @@ def test_a_mistake_is_one_line(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a cat\n")
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "x.csv").write_text("text\na\n")
     np.save(tmp_path / "z.npy", np.zeros((1, 3, 8, 8), np.float32))
     np.save(tmp_path / "two.npy", np.zeros((2, 3, 16, 16), np.float32))
     (tmp_path / "cut.pt").write_bytes(t2i.EMBEDDED.read_bytes()[:100_000])

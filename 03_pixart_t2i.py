@@ -733,7 +733,7 @@ def load_teacher(args, device):
               "teacher: PixArt-alpha")
     path = Path({"miniature": EMBEDDED, "pixart": PIXART}.get(args.teacher, args.teacher))
     if not path.exists():
-        raise UserError(f"--teacher {args.teacher}: there is no {path} (README.md: what to download); the names "
+        raise UserError(f"--teacher {args.teacher}: there is no {path} (README.md: which); the names "
                         "are auto, miniature and pixart")
     net = load_network(path, args.prefer_ema)[0].to(device)
     inside = (path / "g_ema.pt", find_weights(path / "transformer"), find_weights(path))

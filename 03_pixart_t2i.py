@@ -1230,8 +1230,8 @@ def peak_memory(args):
         position_embedding.cache_clear()
         noise_table.cache_clear()
     gib = [size / 2**30 for size in (weights, kept[-1], live.peak)]
-    print(f"{args.preset}, micro-batch {args.batch_gpu}, --amp {args.amp}, checkpointing {args.checkpointing}: "
-          "weights {:.1f} GiB, between updates {:.1f}, peak {:.1f}".format(*gib))
+    print(f"{args.preset}: micro-batch {args.batch_gpu}, --amp {args.amp}, checkpointing {args.checkpointing}"
+          ", weights {:.1f} GiB, between updates {:.1f}, peak {:.1f}".format(*gib))
     return gib
 
 

@@ -465,6 +465,7 @@ def test_settings(options, tmp_path, monkeypatch):
     assert args["sid_alpha"] == (1.2 if "--preset" in options else 1.0) and len(args["teacher_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_resume_and_sigterm(tmp_path, monkeypatch):
     """Stopped by SIGTERM and by kill -9, then continued: the same as never stopped, dropout and all."""
     options = ["--steps", "24", "--dropout", "0.2", "--save-every", "3"]
@@ -635,6 +636,7 @@ def test_train_teacher_resumes(tmp_path, monkeypatch):
     assert net.net_args == edm.SHAPES_NET and meta["fd_teacher"] > meta["fd_real"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_in_a_folder(tmp_path, monkeypatch):
     run = [
         sys.executable,

@@ -409,6 +409,7 @@ def test_results_are_added_and_never_overwritten(evaluate, place, tmp_path):
     assert (tmp_path / "fid.json").read_text() == "[{"
 
 
+@pytest.mark.slow
 def test_ranks_share_the_samples_and_agree(place):
     """As typed, in a process on its own and through torchrun; the results go beside the checkpoint."""
     words = ["eval_fid.py", "g.pt", "images", "--n", "21", "--batch", "4", "--device", "cpu"]

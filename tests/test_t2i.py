@@ -459,7 +459,7 @@ def test_live_counts_bytes():
 
 
 def test_checkpointing_saves_memory(monkeypatch):
-    peaks, sizes = [], t2i.MINI_NET | {"depth": 3, "hidden_size": 64, "num_heads": 2, "input_size": 64}
+    peaks, sizes = [], t2i.MINI_NET | {"depth": 3, "hidden_size": 64, "num_heads": 2, "input_size": 32}
     monkeypatch.setattr(t2i, "MINI_NET", sizes)
     for checkpointing in (True, False):
         args = t2i.parse(["--batch", "4", "--batch-gpu", "4", "--preset", "miniature", "--guidance", "3"])
@@ -576,6 +576,7 @@ def test_checkpointing_and_accumulation_change_nothing(whole, option):
     assert difference == 0 if option == "--checkpointing" else difference < 1e-6
 
 
+@pytest.mark.slow
 def test_two_ranks_give_one_process_s_weights(whole):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [

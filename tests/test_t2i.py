@@ -327,9 +327,7 @@ def test_the_older_spelling_and_bin_files_are_read(tmp_path):
     place = "decoder.mid_block.attentions.0."
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         for kind in ("weight", "bias"):
-            state[f"{place}{old}.{kind}"] = state.pop(
-                f"{place}{new}.{kind}", state.get(f"{place}{old}.{kind}")
-            )
+            state[f"{place}{old}.{kind}"] = state.pop(f"{place}{new}.{kind}")
     state |= {"encoder.conv_in.bias": torch.zeros(3), "quant_conv.bias": torch.zeros(8)}
     folder = tmp_path / "vae"
     folder.mkdir()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import (DISTANCES, MLP, Distance, EDMPrecond, Log, Parser, Stop, accumulate, add_method_arguments,
                     add_run_arguments, annealed, atomic, batch_sum, blame, diffuse, dsm_loss, edm_sampler,
                     ema_beta, ema_update, image_grid, lambda_edm, load_generator, make_distance,
-                    make_generator_loss, number, one_line_errors, open_run, p_edm, pick_device,
+                    make_generator_loss, make_times, number, one_line_errors, open_run, p_edm, pick_device,
                     plot_log, resume, save, save_generator, save_if_due, save_picture, seed_step, sim_loss,
                     train_only)
 
@@ -206,8 +206,7 @@ def train(args, d_q, parts, report):
     distance = make_distance(args)
     generator_loss = make_generator_loss(args, distance)
     weight_psi, rows = lambda_edm, args.batch  # samples in an update
-    times = {"psi": partial(p_edm, mean=args.psi_mean, std=args.psi_std),
-             "theta": partial(p_edm, mean=args.p_mean, std=args.p_std)}
+    times = make_times(args)
 
     def draw(phase):  # -> [(z, t, eps, cond)], the micro-batches; points come without a condition
         where = {"device": device, "generator": random}
@@ -372,6 +371,8 @@ def parse(argv):
     parser.add_argument("--thorough", action="store_true", help="A at more times, on finer grids: minutes")
     parser.add_argument("--mixture", choices=("ring", "grid", "spiral", "moons"), default="ring", help="data")
     parser.add_argument("--teacher", choices=("exact", "learned"), default="exact", help="or an MLP")
+    parser.add_argument("--p-theta", choices=("lognormal", "karras"), default="lognormal",
+                        help="g's times: (B.10) or (B.8)")
     parser.add_argument("--pretrain-steps", type=number(int), default=3000, help="of the first denoiser")
     add_method_arguments(parser)
     add_run_arguments(parser, method="sim", sid_alpha=1.0, steps=4000, batch=1024, lr=2e-3, anneal="linear",

@@ -28,9 +28,9 @@ from common import (SHAPES, Block, Log, Parser, Speed, UserError, accumulate, ad
                     add_method_arguments, add_run_arguments, adopt, annealed, atomic, batch_sum, bench, blame,
                     count_flops, draw_latents, draw_shapes, dsm_loss, edm_sampler, ema_beta, ema_update,
                     fetch, image_grid, lambda_edm, load_generator, make_distance, make_generator_loss,
-                    make_unet, my_share, number, one_line_errors, open_run, p_edm, p_karras, pick_device,
-                    plot_log, replicate, reporter, require, resume, save, save_generator, save_picture,
-                    seed_step, settle, sha256, to_uint8, train_edm, train_only, world)
+                    make_times, make_unet, my_share, number, one_line_errors, open_run, pick_device, plot_log,
+                    replicate, reporter, require, resume, save, save_generator, save_picture, seed_step,
+                    settle, sha256, to_uint8, train_edm, train_only, world)
 from eval_fid import frechet_distance, moments, teacher_features
 
 # ---- Settings ----
@@ -333,8 +333,7 @@ def train(args, d_q, parts, report):
     distance = make_distance(args)
     generator_loss = make_generator_loss(args, distance)
     weight_psi, rows = lambda_edm, args.batch // world()[1]  # samples of this rank in an update
-    p_theta = p_karras if args.p_theta == "karras" else partial(p_edm, mean=args.p_mean, std=args.p_std)
-    times = {"psi": partial(p_edm, mean=args.psi_mean, std=args.psi_std), "theta": p_theta}
+    times = make_times(args)
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
     given = partial(given_labels, amp=args.amp)
 

@@ -145,6 +145,20 @@ def lambda_edm(t, sigma_data=0.5):
     return (t**2 + sigma_data**2) / (t * sigma_data)**2
 
 
+# ---- Weights of g's loss, at x_0 and q = d_q(x_t, t), by their names in Figure 2 ----
+def nowgt(x_0, q):
+    """SIM's: 1 at all times, (B.13)."""
+    return 1.0
+
+
+def sidwgt(x_0, q):
+    """SiD's, (B.11) for denoisers: over the mean of |x_0 - q|, without gradient. -> (B,)"""
+    return 1 / (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # 1e-5: SiD's code
+
+
+WEIGHTS = {f.__name__: f for f in (nowgt, sidwgt)}
+
+
 # ---- Losses. Which weights are frozen is the caller's business (train_only); SIM detaches nothing ----
 def diffuse(x_0, t, eps=None):
     """x_t; eps of x_0's shape, fresh noise unless given."""
@@ -156,34 +170,35 @@ def dsm_loss(d_psi, x_0, t, eps=None, weight=lambda_edm):
     return batch_sum(weight(t) * (d_psi(diffuse(x_0, t, eps), t) - x_0)**2)
 
 
-def sim_loss(d_psi, d_q, x_0, t, distance, eps=None):
+def sim_loss(d_psi, d_q, x_0, t, distance, eps=None, weight=nowgt):
     """Score Implicit Matching, (3.7) in denoiser form. -> (loss (B,), y_t (B, ...) detached)
 
     The gradient flows from x_0 through x_t into both networks. The value is about 0 at all times (the
     score-projection identity, A.1): what falls is E d(y_t), the estimate of (3.3)."""
     x_t = diffuse(x_0, t, eps)
-    f = d_psi(x_t, t)
-    y_t = f - d_q(x_t, t)
-    return -batch_sum(distance.d_prime(y_t) * (f - x_0)), y_t.detach()  # (B.13)
+    f, q = d_psi(x_t, t), d_q(x_t, t)
+    y_t = f - q
+    return -weight(x_0, q) * batch_sum(distance.d_prime(y_t) * (f - x_0)), y_t.detach()  # (B.13)
 
 
-def sid_loss(d_psi, d_q, x_0, t, alpha, eps=None):
-    """SiD (Zhou et al. 2024), as its code has it: half of SIM's l2, plus (1 - alpha) |y|^2, over w, which is
-    (B.11) for denoisers. -> (loss (B,), y_t detached)"""
+def sid_loss(d_psi, d_q, x_0, t, alpha, eps=None, weight=sidwgt):
+    """SiD (Zhou et al. 2024), as its code has it: half of SIM's l2, plus (1 - alpha) |y|^2, with the weight
+    (B.11). -> (loss (B,), y_t detached)"""
     x_t = diffuse(x_0, t, eps)
     f, q = d_psi(x_t, t), d_q(x_t, t)
     y_t = f - q
-    w = (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # 1e-5: SiD's code
-    return (-batch_sum(y_t * (f - x_0)) + (1 - alpha) * batch_sum(y_t**2)) / w, y_t.detach()
+    loss = -batch_sum(y_t * (f - x_0)) + (1 - alpha) * batch_sum(y_t**2)
+    return weight(x_0, q) * loss, y_t.detach()
 
 
-def di_loss(d_psi, d_q, x_0, t, eps=None):
+def di_loss(d_psi, d_q, x_0, t, eps=None, weight=nowgt):
     """Diff-Instruct (Luo et al. 2023), the gradient of the KL divergence: nothing flows through the networks.
     -> (loss (B,), y_t detached)"""
     with torch.no_grad():
         x_t = diffuse(x_0, t, eps)
-        y_t = d_psi(x_t, t) - d_q(x_t, t)
-    return batch_sum(y_t * x_0), y_t
+        q = d_q(x_t, t)
+        y_t = d_psi(x_t, t) - q
+    return weight(x_0, q) * batch_sum(y_t * x_0), y_t
 
 
 def sampling_times(num_steps, sigma_min=0.002, sigma_max=80, rho=7):
@@ -806,6 +821,8 @@ def add_method_arguments(parser):
             ("--beta", float, "exp's factor (0.1)"), ("--delta", float, "huber's kink (1)"),
             ("--scale", float, "smoothl1's rounding (0.5)")):
         group.add_argument(flag, type=number(kind), help=meaning)
+    group.add_argument("--weight", choices=WEIGHTS, help="of g's loss: sidwgt is (B.11), and SiD's own; "
+                       "nowgt is 1, and the others'")
     group.add_argument("--sid-alpha", type=number(float, -math.inf), help="SiD's alpha; 1.2 on CIFAR-10")
 
 
@@ -873,9 +890,17 @@ def make_distance(args):
 
 
 def make_generator_loss(args, distance):
-    """--method as a callable (d_psi, d_q, x_0, t, eps=None) -> (loss (B,), y_t detached)."""
-    return {"sim": functools.partial(sim_loss, distance=distance),
+    """--method and --weight as a callable (d_psi, d_q, x_0, t, eps=None) -> (loss (B,), y_t detached)."""
+    loss = {"sim": functools.partial(sim_loss, distance=distance),
             "sid": functools.partial(sid_loss, alpha=args.sid_alpha), "di": di_loss}[args.method]
+    return functools.partial(loss, weight=WEIGHTS[args.weight]) if args.weight else loss
+
+
+def make_times(args):
+    """The flags' times for the updates of psi and theta, {phase: (shape, **where) -> t}."""
+    return {"psi": functools.partial(p_edm, mean=args.psi_mean, std=args.psi_std),
+            "theta": p_karras if args.p_theta == "karras" else
+            functools.partial(p_edm, mean=args.p_mean, std=args.p_std)}
 
 
 # ---- Files: written under a temporary name and renamed; read without executing anything in them ----

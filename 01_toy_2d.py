@@ -2,15 +2,20 @@
 
     python 01_toy_2d.py                                         both parts, about a minute on two cores
     python 01_toy_2d.py --mixture spiral --out runs/spiral
+    python 01_toy_2d.py --part distil --method dmd --out runs/dmd
     python 01_toy_2d.py --sample runs/toy_2d-sim-phuber-0 --n 5000
 
 A. Theorem 3.1 to machine precision: both sides of (3.6), as gradients of a network's weights, by quadrature.
    Expect relative errors below 1e-10, but for huber (a kink: 1e-4) and l1 (a jump: 0.3); 0.1 to 1 if wrong.
 B. Algorithm 2: a diffusion model of a Gaussian mixture, 35 evaluations a sample, becomes a one-step one.
    Expect 99 % of its samples on the modes, an equal share on each, and pictures of it in the run's folder.
+C. The neighbours of SIM, ten lines each, in the same frame.
+
+The cells open as a notebook (VS Code, jupytext); the last one runs what the command line would.
 """
 import copy
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,17 +26,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import (DISTANCES, MLP, Distance, EDMPrecond, Log, Parser, Stop, accumulate, add_method_arguments,
-                    add_run_arguments, annealed, atomic, batch_sum, blame, diffuse, dsm_loss, edm_sampler,
-                    ema_beta, ema_update, image_grid, lambda_edm, load_generator, make_distance,
-                    make_generator_loss, make_times, number, one_line_errors, open_run, p_edm, pick_device,
-                    plot_log, resume, save, save_generator, save_if_due, save_picture, seed_step, sim_loss,
-                    train_only)
+                    add_run_arguments, annealed, atomic, batch_sum, blame, di_loss, diffuse, dsm_loss,
+                    edm_sampler, ema_beta, ema_update, heun, image_grid, l2, lambda_edm, load_generator,
+                    make_distance, make_generator_loss, make_times, nowgt, number, one_line_errors, open_run,
+                    p_edm, phuber, pick_device, plot_log, resume, sampling_times, save, save_generator,
+                    save_if_due, save_picture, seed_step, sid_loss, sidwgt, sim_loss, train_only)
 
 
-# ---- Gaussian mixtures: the teacher, and with std = 0 the student of the theorem ----
+# %% Gaussian mixtures: the teacher, and with std = 0 the student of the theorem
 @dataclass
 class Mixture:
     """Equal Gaussians of means (K, D) and one std, diffused to x_t = a x_0 + s eps (VE: a = 1, s = t)."""
@@ -69,7 +75,7 @@ def make_mixture(name, device="cpu"):
     return Mixture(means.to(device), std)
 
 
-# ---- A. The theorem ----
+# %% A. The theorem
 # With N fixed latents the student's p_t is a mixture of N Gaussians around the g(z_i). So its score is exact,
 # and both sides of (3.6) are means over i of integrals over eps.
 PROCESSES = {"VE": lambda t: (1.0, t), "VP": lambda t: ((1 + t**2)**-0.5, t * (1 + t**2)**-0.5)}  # (a, s)
@@ -94,11 +100,11 @@ def backpropagate_d(d_psi, d_q, x_0, t, distance, eps):
 
 
 WRONG = {  # sim_loss with one thing wrong: what the theorem's "nothing detached" is worth
-    "d' detached": lambda d_psi, d_q, x_0, t, distance, eps: sim_loss(
+    "d_prime_detached": lambda d_psi, d_q, x_0, t, distance, eps: sim_loss(
         d_psi, d_q, x_0, t, Distance(distance.d, lambda y: distance.d_prime(y.detach())), eps),
-    "d_q detached": lambda d_psi, d_q, x_0, t, distance, eps: sim_loss(
+    "d_q_detached": lambda d_psi, d_q, x_0, t, distance, eps: sim_loss(
         d_psi, lambda x_t, t: d_q(x_t, t).detach(), x_0, t, distance, eps),
-    "d(y) back-propagated": backpropagate_d}
+    "d_backpropagated": backpropagate_d}
 
 
 def small_generator(dim):
@@ -163,20 +169,84 @@ def theorem(thorough=False):
     return rows
 
 
-# ---- B. Distillation ----
-NET_ARGS = {"dim": 2, "width": 64, "depth": 4, "waves": 16}
-make_denoiser = lambda **net_args: EDMPrecond(MLP(**net_args))
+# %% One Gaussian: 5.3.1 of the notes "Distilled Diffusion Models" (README), with closed forms for everything
+LOSSES = {"SIM, l2": partial(sim_loss, distance=l2()), "Diff-Instruct, DMD": di_loss,
+          "SiD, alpha = 1.2, no weight": partial(sid_loss, alpha=1.2, weight=nowgt),
+          "d(y) back-propagated": partial(backpropagate_d, distance=l2())}
 
 
-def pretrain(mixture, args):
-    """A denoiser of the mixture, by dsm_loss: what g and d_psi start from, and d_q with --teacher learned."""
-    net = make_denoiser(**NET_ARGS).to(mixture.means.device)
+def gaussian_gradient(loss, mean, std, psi_mean, psi_std, t=2.0):
+    """The gradient by (mean, std) of g(z) = mean + std z, where the data are N(0, 1) and d_psi, frozen, is
+    the denoiser of N(psi_mean, psi_std^2): the mean over z and eps by quadrature. -> (2,) float64"""
+    theta = torch.tensor([mean, std], dtype=torch.float64, requires_grad=True)
+    denoiser = lambda mean, std: lambda x_t, t: (std**2 * x_t + t**2 * mean) / (std**2 + t**2)
+    points, weights = trapezoid(2, 61)
+    z, eps = points[:, :1], points[:, 1:]
+    value, _ = loss(denoiser(psi_mean, psi_std), denoiser(0.0, 1.0), theta[0] + theta[1] * z, t, eps=eps)
+    return torch.autograd.grad(weights @ value, theta)[0]
+
+
+def gaussian_figure(path):
+    """Every loss's gradient: by the mean and by the std where d_psi is right, and by the std where it
+    lags."""
+    panels = (("by the mean of g; $d_\\psi$ right", "mean of g", lambda v: (v, 1, v, 1), 0),
+              ("by the std of g; $d_\\psi$ right", "std of g", lambda v: (0, 1 + v / 2, 0, 1 + v / 2), 1),
+              ("the same where g has 1.5", "std of $d_\\psi$", lambda v: (0, 1.5, 0, 1 + v / 2), 1))
+    figure = Figure(figsize=(9.6, 3.4), dpi=100, layout="constrained")
+    places = torch.linspace(-1.5, 1.5, 25).tolist()
+    for axes, (title, label, where, i) in zip(figure.subplots(1, 3), panels):
+        for (name, loss), style in zip(LOSSES.items(), ("-", "--", "-.", ":")):
+            y = [gaussian_gradient(loss, *where(v))[i].item() for v in places]
+            axes.plot([where(v)[2 + i] for v in places], y, style, label=name)
+        axes.set(title=title, xlabel=label)
+        axes.axhline(0, color="0.8", zorder=0)
+    figure.axes[0].set(ylabel="gradient")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary)
+
+
+# %% B. Distillation
+class FlowPrecond(nn.Module):
+    """A rectified flow as a denoiser: EDMPrecond's net(x_t, t), of a velocity model(x (B, D), tau (B,) or
+    (1,)).
+
+    At x = (1 - tau) x_0 + tau eps the flow learns v = E[eps - x_0 | x] (Liu et al. 2022, (1)). Since x_0 =
+    x - tau (eps - x_0), the denoiser is x - tau v, exactly; x_t = x / (1 - tau), t = tau / (1 - tau)."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).reshape(-1, 1)
+        x, tau = x_t / (1 + t), t / (1 + t)
+        return x - tau * self.model(x, tau.flatten())
+
+
+def flow_loss(v, x_0, tau, eps):
+    """Flow matching: v(x, tau) learns the velocity. tau (B, 1) in [0, 1]. -> (B,)"""
+    return batch_sum((v((1 - tau) * x_0 + tau * eps, tau.flatten()) - (eps - x_0))**2)
+
+
+def make_denoiser(flow=False, **net_args):
+    return (FlowPrecond if flow else EDMPrecond)(MLP(**net_args))
+
+
+def net_arguments(args):
+    return {"dim": 2, "width": 64, "depth": 4, "waves": 16, "flow": args.teacher == "flow"}
+
+
+def pretrain(net, mixture, args):
+    """A denoiser of the mixture by dsm_loss, or a flow: what g and d_psi start from, and the learned d_q."""
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     print(f"pretraining a denoiser of the {args.mixture}: {args.pretrain_steps} steps", flush=True)
     for step in tqdm(range(args.pretrain_steps), disable=None):
         optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / args.pretrain_steps)
         x_0 = mixture.sample(args.batch)
-        loss = dsm_loss(net, x_0, p_edm((args.batch, 1), device=x_0.device)).mean()
+        if args.teacher == "flow":
+            loss = flow_loss(net.model, x_0, torch.rand_like(x_0[:, :1]), torch.randn_like(x_0)).mean()
+        else:
+            loss = dsm_loss(net, x_0, p_edm((args.batch, 1), device=x_0.device)).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -187,7 +257,8 @@ def prepare(args, folder, mixture):
     """The parts of a run: new, or as ckpt.pt has them."""
     torch.manual_seed(args.seed)
     checkpoint, device = folder / "ckpt.pt", mixture.means.device
-    net = make_denoiser(**NET_ARGS).to(device) if checkpoint.exists() else pretrain(mixture, args)
+    new = make_denoiser(**net_arguments(args)).to(device)
+    net = new if checkpoint.exists() else pretrain(new, mixture, args)
     d_psi, g, g_ema, d_q = [copy.deepcopy(net) for _ in range(4)]
     for frozen in (g_ema, d_q):
         frozen.eval().requires_grad_(False)
@@ -204,7 +275,8 @@ def train(args, d_q, parts, report):
     d_psi, g, g_ema, opt_psi, opt_theta, log, _ = parts.values()
     device = next(g.parameters()).device
     distance = make_distance(args)
-    generator_loss = make_generator_loss(args, distance)
+    generator_loss = (partial(WRONG[args.method], distance=distance) if args.method in WRONG else
+                      make_generator_loss(args, distance))
     weight_psi, rows = lambda_edm, args.batch  # samples in an update
     times = make_times(args)
 
@@ -249,18 +321,177 @@ def train(args, d_q, parts, report):
         report()
 
 
+# %% C. The neighbours: other ways to few steps, with the same networks and as many updates
+# Numbers in [] are those of the notes "Distilled Diffusion Models" (July 2024), misprints mended (README).
+STEPS = 18  # of a teacher's flow, or of a segment of it: CIFAR-10's N in Song et al. (2023), Table 3
+
+
+def jump(denoise, x, t, b):
+    """[51]: from time t to b on the straight line to the denoised x. b = 0 is denoise itself."""
+    x_0 = denoise(x, t)
+    return x_0 + b / t * (x - x_0)
+
+
+def generate(g, z, t_star, segments=1):
+    """z (B, 2), standard normal, to samples by `segments` evaluations of g; one is (B.4)."""
+    x, starts = t_star * z, sampling_times(STEPS * segments + 1, sigma_max=t_star)[::STEPS][:segments]
+    for t, b in zip(starts, [*starts[1:], 0.0]):
+        x = jump(g, x, t, b)
+    return x
+
+
+class Neighbour:
+    """A method of the notes: theta() is the loss (B,) of g, psi() that of a second network, if it has one. In
+    each phase the other network is frozen."""
+    t_star, psi = 2.5, None
+
+    def __init__(self, args, mixture, d_q, parts):
+        self.args, self.mixture, self.d_q, self.times = args, mixture, d_q, make_times(args)
+        self.d_psi, self.g, self.where = parts["d_psi"], parts["g"], {"device": mixture.means.device}
+        self.begin(args.steps)  # for what is drawn once: random numbers of no step
+
+    def begin(self, step):
+        self.progress = step / self.args.steps
+        self.where["generator"] = seed_step(self.args.seed, step, self.where["device"])
+
+    def normal(self):
+        return torch.randn(self.args.batch, 2, **self.where)
+
+    def data(self, n=1):
+        return self.mixture.sample(n * self.args.batch, self.where["generator"])
+
+    def time(self, phase):
+        return self.times[phase]((self.args.batch, 1), **self.where)
+
+    def fake(self):
+        return self.g(self.args.t_star * self.normal(), self.args.t_star)  # (B.4)
+
+    def grid(self, steps):
+        """-> (steps + 1,) falling times of the flow, from t* to 0.002."""
+        times = sampling_times(steps + 1, sigma_max=self.args.t_star)[:-1]
+        return torch.tensor(times, device=self.where["device"])
+
+    def logit(self, x):  # of the discriminator: the second perceptron's first output
+        return self.d_psi.model(x, x.new_zeros(1))[:, 0]
+
+
+class CD(Neighbour):
+    """Consistency distillation (Song et al. 2023), [12] with mu = 0: both ends of a step of the teacher's
+    flow are to lead to one point. Multistep, mcm (Heek et al. 2024), [52]: at b, the end of their segment of
+    the time. jump(g, x, b, b) = x, which is [8]."""
+    t_star = 80.0
+
+    def theta(self):
+        steps = STEPS * self.args.segments
+        grid, i = self.grid(steps), torch.randint(steps, (self.args.batch, 1), **self.where)
+        t, s, b = grid[i], grid[i + 1], grid[(i // STEPS + 1) * STEPS]
+        x_t = diffuse(self.data(), t, self.normal())
+        with torch.no_grad():
+            target = jump(self.g, heun(self.d_q, x_t, [t, s]), s, b)
+        return batch_sum((jump(self.g, x_t, t, b) - target)**2)
+
+
+class CT(Neighbour):
+    """Consistency training [27], improved (iCT, Song and Dhariwal 2024): no teacher, no EMA [42],
+    Pseudo-Huber [43], ten steps that double seven times, drawn log-normally, the weight 1 / (t - s)."""
+    t_star = 80.0
+
+    def theta(self):
+        grid = self.grid(10 * 2**int(8 * self.progress))
+        share = torch.special.ndtr((grid.log() + 1.1) / 2).diff().abs()  # of N(-1.1, 2^2), in each step
+        i = torch.multinomial(share, self.args.batch, True, generator=self.where["generator"])[:, None]
+        t, s, x_0, eps = grid[i], grid[i + 1], self.data(), self.normal()
+        with torch.no_grad():
+            target = jump(self.g, diffuse(x_0, s, eps), s, grid[-1])  # the same eps: an Euler step [20]
+        apart = jump(self.g, diffuse(x_0, t, eps), t, grid[-1]) - target
+        return phuber(0.00054 * x_0.shape[1]**0.5).d(apart) / (t - s).flatten()
+
+
+class DMD(Neighbour):
+    """Distribution matching distillation (Yin et al. 2024): the gradient of the KL divergence [63], weighted,
+    and 0.25 times a regression to samples of the teacher. d_psi learns as SIM's does [66]."""
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.z = torch.cat([self.normal() for _ in range(10)])
+        self.x = edm_sampler(self.d_q, self.z)
+
+    def psi(self):
+        return dsm_loss(self.d_psi, self.fake(), self.time("psi"), self.normal())
+
+    def theta(self):
+        loss, _ = di_loss(self.d_psi, self.d_q, self.fake(), self.time("theta"), self.normal(), sidwgt)
+        i = torch.randint(len(self.z), (self.args.batch,), **self.where)
+        return loss + 0.25 * batch_sum((generate(self.g, self.z[i], self.args.t_star) - self.x[i])**2)
+
+
+class ADD(Neighbour):
+    """Adversarial diffusion distillation (Sauer et al. 2023): a hinge GAN, and 2.5 times the distance to what
+    the teacher makes of g's samples diffused [67], detached [68]."""
+    def psi(self):
+        return F.relu(1 - self.logit(self.data())) + F.relu(1 + self.logit(self.fake()))
+
+    def theta(self):
+        x_0, t = self.fake(), self.time("theta")
+        with torch.no_grad():
+            target = self.d_q(diffuse(x_0, t, self.normal()), t)
+        return 2.5 * batch_sum((x_0 - target)**2) - self.logit(x_0)
+
+
+class PaGoDA(Neighbour):
+    """PaGoDA (Kim et al. 2024): data follow the teacher's flow to noise, E(x), from which g is to bring them
+    back [55], and a GAN."""
+    t_star = 80.0
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.x = self.data(10)
+        self.z = heun(self.d_q, self.x, self.grid(STEPS).flip(0)) / self.args.t_star
+
+    def psi(self):
+        return F.softplus(-self.logit(self.data())) + F.softplus(self.logit(self.fake()))  # both -log
+
+    def theta(self):
+        i = torch.randint(len(self.z), (self.args.batch,), **self.where)
+        back = generate(self.g, self.z[i], self.args.t_star) - self.x[i]
+        return back.norm(dim=1) + F.softplus(-self.logit(self.fake()))
+
+
+NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA}
+
+
+def train_neighbour(args, neighbour, parts, report):
+    """In the place of train: an update of the second network, if there is one, and one of g."""
+    d_psi, g, g_ema, opt_psi, opt_theta, log, _ = parts.values()
+    phases = {"psi": (d_psi, g, opt_psi), "theta": (g, d_psi, opt_theta)}
+    while log.step < args.steps:
+        neighbour.begin(log.step)
+        for phase, (net, frozen, optimiser) in phases.items():
+            if not (loss_of := getattr(neighbour, phase)):
+                continue
+            optimiser.param_groups[0]["lr"] = annealed(args, log.step)
+            train_only(net, frozen=frozen)
+            loss = loss_of()
+            log.add(**{f"loss_{phase}": loss})
+            optimiser.zero_grad()
+            loss.mean().backward()
+            optimiser.step()
+        ema_update(g_ema, g, ema_beta(log.step * args.batch, args.batch, args.ema_half_life))
+        log.advance()
+        report()
+
+
 @torch.no_grad()
 def look(args, folder, mixture, g, log):
     """A log line and a picture of the generator so far."""
     random = torch.Generator(mixture.means.device).manual_seed(0)  # the same latents and data each time
     z = torch.randn(10_000, 2, device=mixture.means.device, generator=random)
-    x, data = g(args.t_star * z, args.t_star), mixture.sample(10_000, random)
+    x, data = generate(g, z, args.t_star, args.segments), mixture.sample(10_000, random)
     log.write(sw2=sliced_w2(projections(x, 20), projections(data, 20)))
     picture = image_grid(panel(mixture, x, f"step {log.step}")[None])
     save_picture(picture, folder / "samples" / f"{log.step:06}.png")
 
 
-# ---- Measures and pictures ----
+# %% Measures and pictures
 def mode_shares(x, mixture):
     """-> the share of x (N, 2) within 4 std of a mode; a list of the shares nearest to each mode."""
     distance, nearest = torch.cdist(x, mixture.means).min(1)
@@ -286,10 +517,10 @@ def evaluate(args, mixture, g, d_q, seconds, n=10_000, sets=8):
     normal = partial(torch.randn, n, 2, device=mixture.means.device, generator=random)
     points = {"_exact": [mixture.sample(n, random) for _ in range(sets)],
               "_teacher": [edm_sampler(d_q, normal()) for _ in range(sets)],
-              "": [g(args.t_star * normal(), args.t_star) for _ in range(sets)]}
+              "": [generate(g, normal(), args.t_star, args.segments) for _ in range(sets)]}
     lines = {end: [projections(x) for x in many] for end, many in points.items()}
     metrics = {key: getattr(args, key) for key in ("method", "distance", "mixture", "seed", "steps")}
-    metrics["seconds"] = round(seconds, 1)
+    metrics |= {"evaluations": args.segments, "seconds": round(seconds, 1)}
     for end, many in points.items():
         w2 = [sliced_w2(lines[end][i], lines["_exact"][j]) for i in range(sets) for j in range(i)]
         metrics[f"share_on_modes{end}"], metrics[f"mode_shares{end}"] = mode_shares(torch.cat(many), mixture)
@@ -319,9 +550,11 @@ def distil(args, folder, mixture):
     (folder / "samples").mkdir(exist_ok=True)
     parts, stop = prepare(args, folder, mixture), Stop()
     g, log, d_q = parts["g_ema"], parts["log"], mixture.denoiser if args.teacher == "exact" else parts["d_q"]
+    few = "one step" if args.segments == 1 else f"{args.segments} evaluations"
 
     def keep(name):
-        save_generator(folder / name, g, NET_ARGS, args.t_star, mixture=args.mixture, step=log.step)
+        meta = {"mixture": args.mixture, "segments": args.segments, "step": log.step}
+        save_generator(folder / name, g, net_arguments(args), args.t_star, **meta)
 
     def report():
         if log.step in {round(args.steps * (i / 60)**2) for i in range(61)}:  # often at first
@@ -330,17 +563,21 @@ def distil(args, folder, mixture):
 
     if log.new:
         report()
-    train(args, d_q, parts, report)
+    if args.method in NEIGHBOURS:
+        train_neighbour(args, NEIGHBOURS[args.method](args, mixture, d_q, parts), parts, report)
+    else:
+        train(args, d_q, parts, report)
     keep("g_ema.pt")  # again, should it have been lost
     m, samples = evaluate(args, mixture, g, d_q, log.elapsed())
     save(m, folder / "metrics.json")
-    titles = {"_exact": "data", "_teacher": "teacher, 35 evaluations", "": "one step"}
+    titles = {"_exact": "data", "_teacher": "teacher, 35 evaluations", "": few}
     panels = torch.stack([panel(mixture, x, title) for x, title in zip(samples, titles.values())])
     save_picture(image_grid(panels, columns=3), folder / "samples.png")
     frames = [Image.open(path) for path in sorted((folder / "samples").glob("[0-9]*.png"))]
     save_picture(frames[0], folder / "animation.gif", frames[1:])
-    plot_log(folder / "divergence.png", log.read(), {"divergence": "E d(y), the estimate of (3.3)",
-                                                     "sw2": "sliced Wasserstein-2 to exact samples"})
+    curves, lines = {"divergence": "E d(y), the estimate of (3.3)", "sw2": "sliced Wasserstein-2"}, log.read()
+    curves = {key: label for key, label in curves.items() if key in lines[-1]}
+    plot_log(folder / "divergence.png", lines, curves)
     print(f"{m['seconds']:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for end, title in titles.items():
         shares, on_modes, sw2 = [m[key + end] for key in ("mode_shares", "share_on_modes", "sw2")]
@@ -353,32 +590,43 @@ def sample(args):
     """--sample: n points of a trained generator as array and picture, beside the checkpoint or in --out."""
     g, t_star, meta = load_generator(args.sample, make_denoiser)
     with blame(f"{args.sample} is no generator of this stage ({{}})"):
-        mixture, path = make_mixture(meta["mixture"]), Path(args.sample)
-    x = g(t_star * torch.randn(args.n, 2, generator=torch.Generator().manual_seed(args.seed)), t_star)
+        mixture, segments = make_mixture(meta["mixture"]), int(meta.get("segments", 1))
+    path = Path(args.sample)
+    z = torch.randn(args.n, 2, generator=torch.Generator().manual_seed(args.seed))
+    with torch.no_grad():
+        x = generate(g, z, t_star, segments)
     folder = Path(args.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
     name = folder / f"drawn-{args.n}-seed-{args.seed}"
     with atomic(f"{name}.npy") as temporary:
         np.save(temporary, x.numpy())
-    save_picture(image_grid(panel(mixture, x, f"{args.n} samples, one step")[None]), f"{name}.png")
+    save_picture(image_grid(panel(mixture, x, f"{args.n} samples")[None]), f"{name}.png")
     print(f"{mode_shares(x, mixture)[0]:.1%} of {args.n} samples lie on a mode: {name}.npy, {name}.png")
 
 
-# ---- The command line ----
+# %% The command line
 def parse(argv):
     parser = Parser(__doc__)
     parser.add_argument("--part", choices=("both", "theorem", "distil"), default="both", help="A, B or both")
     parser.add_argument("--thorough", action="store_true", help="A at more times, on finer grids: minutes")
     parser.add_argument("--mixture", choices=("ring", "grid", "spiral", "moons"), default="ring", help="data")
-    parser.add_argument("--teacher", choices=("exact", "learned"), default="exact", help="or an MLP")
+    parser.add_argument("--teacher", choices=("exact", "learned", "flow"), default="exact",
+                        help="or an MLP: a diffusion model, or a rectified flow")
     parser.add_argument("--p-theta", choices=("lognormal", "karras"), default="lognormal",
                         help="g's times: (B.10) or (B.8)")
     parser.add_argument("--pretrain-steps", type=number(int), default=3000, help="of the first denoiser")
-    add_method_arguments(parser)
+    add_method_arguments(parser, (*NEIGHBOURS, *WRONG))
+    parser.add_argument("--segments", type=number(int), help="of mcm: evaluations a sample (4)")
     add_run_arguments(parser, method="sim", sid_alpha=1.0, steps=4000, batch=1024, lr=2e-3, anneal="linear",
-                      t_star=2.5, p_mean=-1.5, p_std=1.5, psi_mean=-1.2, psi_std=1.2, psi_updates=1,
+                      p_mean=-1.5, p_std=1.5, psi_mean=-1.2, psi_std=1.2, psi_updates=1,
                       ema_half_life=7e4, save_every=500, n=10_000)  # measured on the ring
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, methods in (("segments", ["mcm"]), ("weight", ["sim", "sid", "di"])):
+        if getattr(args, flag) and args.method not in methods:
+            parser.error(f"--{flag} is for --method {', '.join(methods)}")
+    args.segments = args.segments or (4 if args.method == "mcm" else 1)
+    args.t_star = args.t_star or NEIGHBOURS.get(args.method, Neighbour).t_star
+    return args
 
 
 @one_line_errors
@@ -393,9 +641,11 @@ def main(argv=None):
     folder = open_run(args, ignore)
     if args.part == "theorem" or args.part == "both" and not (folder / "theorem.json").exists():
         save(theorem(args.thorough), folder / "theorem.json")
+        gaussian_figure(folder / "gaussian.png")
     if args.part != "theorem":
         distil(args, folder, make_mixture(args.mixture, device))
 
 
+# %% In a notebook: main(["--mixture", "moons"]), as on the command line
 if __name__ == "__main__":
-    main()
+    main([] if "ipykernel" in sys.modules else None)

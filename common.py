@@ -209,22 +209,29 @@ def sampling_times(num_steps, sigma_min=0.002, sigma_max=80, rho=7):
 
 
 @torch.no_grad()
-def edm_sampler(denoise, z, num_steps=18, **span):
-    """Heun's method: Karras et al. 2022, Algorithm 2 without churn; 2 num_steps - 1 evaluations of denoise.
-    z (B, ...) is standard normal. x is kept in float64 where the device has it; denoise sees z's dtype."""
-    t = sampling_times(num_steps, **span)
+def heun(denoise, x, times):
+    """Follow the probability flow from x (B, ...) along times, falling or rising, numbers or (B, 1, ..., 1):
+    Karras et al. 2022, Algorithm 2 without churn, two evaluations of denoise a step, one for a step to 0.
+    In float64 where the device has it; denoise sees x's dtype."""
+    dtype, shape = x.dtype, (len(x), *[1] * (x.ndim - 1))
 
-    def slope(x, t):  # dx/dt of the probability flow
-        return (x - denoise(x.to(z.dtype), z.new_full((len(z), *[1] * (z.ndim - 1)), t))) / t
+    def slope(x, t):  # dx/dt
+        return (x - denoise(x.to(dtype), torch.as_tensor(t, dtype=dtype, device=x.device).expand(shape))) / t
 
-    x = t[0] * (z if z.device.type == "mps" else z.double())
-    for t_cur, t_next in zip(t, t[1:]):
+    x = x if x.device.type == "mps" else x.double()
+    for t_cur, t_next in zip(times, times[1:]):
         d_cur = slope(x, t_cur)
         x_next = x + (t_next - t_cur) * d_cur
-        if t_next > 0:  # the second order, which has no slope to look up at t = 0
+        if torch.as_tensor(t_next).all():  # the second order, which has no slope to look up at t = 0
             x_next = x + (t_next - t_cur) * (d_cur + slope(x_next, t_next)) / 2
         x = x_next
-    return x.to(z.dtype)
+    return x.to(dtype)
+
+
+def edm_sampler(denoise, z, num_steps=18, **span):
+    """z (B, ...), standard normal, to samples by Heun's method: 2 num_steps - 1 evaluations of denoise."""
+    times = sampling_times(num_steps, **span)
+    return heun(denoise, times[0] * z, times)
 
 
 @torch.no_grad()
@@ -811,10 +818,10 @@ def number(kind, low=0, strict=True):
     return parse
 
 
-def add_method_arguments(parser):
-    """--method, --distance and their parameters: the same in every stage."""
+def add_method_arguments(parser, others=()):
+    """--method, --distance and their parameters: the same in every stage, but for other methods."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=("sim", "sid", "di"), help="or a neighbour")
+    group.add_argument("--method", choices=("sim", "sid", "di", *others), help="or a neighbour")
     group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d of (3.3), Table 4")
     for flag, kind, meaning in (
             ("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4) or exp's (2) exponent, even"),
@@ -1194,16 +1201,17 @@ def reporter(args, folder, parts, speed, look, keep):
     return report
 
 
-def progress(items, name):
-    """Yields them, with a bar and its ETA on a terminal, else with a line every 20 s."""
+def progress(items, name, total=None):
+    """Yields them, `total` or len(items), with a bar and its ETA on a terminal, else a line every 20 s."""
     begun = shown = time.time()
-    bar = tqdm(items, desc=name, disable=None if world()[0] == 0 else True)
+    total = total or len(items)
+    bar = tqdm(items, desc=name, total=total, disable=None if world()[0] == 0 else True)
     for done, item in enumerate(bar, 1):
         yield item
         if bar.disable and time.time() - shown > 20:
             shown = time.time()
-            eta = (shown - begun) / done * (len(items) - done)
-            print(f"{name}: {done}/{len(items)}, {eta:.0f} s to go", flush=True)
+            eta = (shown - begun) / done * (total - done)
+            print(f"{name}: {done}/{total}, {eta:.0f} s to go", flush=True)
 
 
 # ---- Pictures ----

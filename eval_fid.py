@@ -17,11 +17,14 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import shlex
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -29,18 +32,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn import functional as F
 
-from common import (Parser, UserError, atomic, blame, draw_latents, draw_shapes, fetch, number,
-                    one_line_errors, pick_device, progress, read_shapes, require, save, sha256,
-                    sum_over_ranks, to_uint8, world)
+from common import (Parser, UserError, atomic, blame, draw_latents, draw_shapes, fetch, image_grid,
+                    load_generator, number, one_line_errors, pick_device, progress, read_shapes, require,
+                    save, save_picture, seed_step, sha256, sum_over_ranks, to_uint8, world)
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 DETECTOR = f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 CIFAR10 = f"{NVIDIA}/edm/fid-refs/cifar10-32x32.npz"  # mu and sigma of the 50,000 training images
 DRAWN, APART = 50_000, 10**9  # shapes in a reference, as many as CIFAR-10 has; its seeds, which no trial has
 KEPT = 10_000  # features of each side, at most, for what needs more than their moments
+HERE = Path(__file__).parent
+RUNS, RESULTS = HERE / "runs" / "studies", HERE / "assets" / "results"
 SPLITS = 10  # of the Inception Score, as in SiD's code
 
 
@@ -329,11 +335,154 @@ def metrics(a, b, features):
     return values
 
 
+# ---- Studies: runs of the other stages by their own commands, what came out, and pictures of it ----
+@dataclass
+class Study:
+    """Runs of a stage: panels {title: {label: flags}}. What is judged is a key of its log.jsonl, called
+    `name`; samples asks for a picture of those besides the curves."""
+    stage: str
+    key: str
+    name: str
+    panels: dict
+    samples: bool = False
+
+
+TOY = ("01_toy_2d.py --part distil", "sw2", "sliced Wasserstein-2")
+IMAGES = ("02_edm_cifar.py --teacher shapes --preset shapes", "fd", "FD-teacher")
+METHODS = {"SIM, Pseudo-Huber": "", "SIM, l2": "--distance l2", "SiD, alpha 1": "--method sid",
+           "SiD, its own settings": "--method sid --sid-alpha 1.2 --p-theta karras",
+           "Diff-Instruct": "--method di"}
+SETTINGS = {"nowgt, log-normal": "", "nowgt, Karras": "--p-theta karras",
+            "sidwgt, log-normal": "--weight sidwgt", "sidwgt, Karras": "--weight sidwgt --p-theta karras"}
+CONSTANTS = {f"c = {c}": "" if c == 0.001 else f"--c {c}" for c in (1, 0.1, 0.01, 0.001, 0.0001)}
+NEIGHBOURS = METHODS | {
+    "DMD": "--method dmd", "ADD": "--method add", "CD": "--method cd", "iCT": "--method ct",
+    "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
+WRONG = {"SIM": "", "d' detached": "--method d_prime_detached", "d_q detached": "--method d_q_detached",
+         "d(y) back-propagated": "--method d_backpropagated"}
+TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
+
+
+FIGURES = ("fd", "sw2", "share_on_modes", "poorest", "richest", "evaluations", "seconds")  # of metrics.json
+
+
+def add(runs, flags):
+    return {label: f"{more} {flags}".strip() for label, more in runs.items()}
+
+
+def figure_2(usual, threefold, tenfold):
+    """The paper's Figure 2, with these flags for the preset's lr, three times that and ten times that."""
+    return {"the preset's learning rate": add(METHODS, usual), "three times that": add(METHODS, threefold),
+            "ten times that": add(METHODS, tenfold), "weight and times of theta": add(SETTINGS, usual),
+            "Pseudo-Huber's c": add(CONSTANTS, usual)}
+
+
+STUDIES = {
+    "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
+    "stop-gradients": Study(*TOY, {"Pseudo-Huber": WRONG, "l2": add(WRONG, "--distance l2")}, samples=True),
+    "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
+    "figure-2-toy": Study(*TOY, figure_2(
+        "--anneal none", "--anneal none --lr 0.006", "--anneal none --lr 0.02")),
+    "figure-2-shapes": Study(*IMAGES, figure_2(
+        "--anneal none --steps 200", "--anneal none --lr 0.0012 --steps 100",
+        "--anneal none --lr 0.004 --steps 100"))}
+
+
+def run_folder(study, flags, seed):
+    words = f"{flags} --seed {seed}".replace("--", "").split()
+    return RUNS / study.stage.split(".")[0] / "_".join(words)
+
+
+def run_once(study, flags, seed, jobs):
+    """A run that is not done yet, or the rest of it, by its own command. -> its row in assets/results
+    UserError if it fails in another way than by a loss that is not finite, which is a result."""
+    out, stopped = run_folder(study, flags, seed), None
+    command = f"{study.stage} {flags} --seed {seed}".split()
+    if not (out / "metrics.json").exists():
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        done = subprocess.run([sys.executable, *command, "--out", str(out)], cwd=HERE, env=environment,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        stopped = done.stderr.strip().split("\n")[-1][:200] if done.returncode else None
+        if stopped and "the last good checkpoint" not in stopped:
+            raise UserError(f"python {shlex.join(command)} stopped: {stopped}")
+    args, lines = [read_json(out / name) for name in ("args.json", "log.jsonl")]
+    curve = [[line["step"] * args["batch"], float(f"{line[study.key]:.3g}")]
+             for line in lines if study.key in line]
+    curve = curve[:1] + curve[1:-1][::len(curve) // 13 or 1] + curve[-1:]
+    result = {} if stopped else read_json(out / "metrics.json")
+    if "mode_shares" in result:
+        result |= {"poorest": min(result["mode_shares"]), "richest": max(result["mode_shares"])}
+    result = {key: round(result[key], 5) for key in FIGURES if key in result}
+    return {"flags": flags, "seed": seed, "stopped": stopped, **result, "curve": curve}
+
+
+def run_study(name, seeds, jobs):
+    """All runs of a study, `jobs` at once, to assets/results/NAME.json, a line for each."""
+    study = STUDIES[name]
+    runs = [(flags, seed) for seed in range(seeds)
+            for flags in dict.fromkeys(flags for panel in study.panels.values() for flags in panel.values())]
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = pool.map(lambda run: run_once(study, *run, jobs), runs)
+        rows = list(progress(rows, name, len(runs)))
+    RESULTS.mkdir(exist_ok=True)
+    with atomic(RESULTS / f"{name}.json") as temporary:
+        temporary.write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n")
+    if study.samples:
+        draw_samples(study, RESULTS.parent / f"{name}.png")
+
+
+def draw_samples(study, path):
+    """Samples of every run of the toy with seed 0, after exact ones."""
+    toy, panels = importlib.import_module("01_toy_2d"), []
+    for label, flags in [(label, flags) for panel in study.panels.values() for label, flags in panel.items()]:
+        g, t_star, meta = load_generator(run_folder(study, flags, 0), toy.make_denoiser)
+        mixture, z = toy.make_mixture(meta["mixture"]), torch.randn(4000, 2, generator=seed_step(0, 0))
+        panels.append(toy.panel(mixture, toy.generate(g, z, t_star, meta["segments"]), label))
+    data = toy.panel(mixture, mixture.sample(4000), "data")
+    save_picture(image_grid(torch.stack([data, *panels]), columns=4), path)
+
+
+def report_study(name):
+    """assets/results/NAME.json as a table, from the least to the greatest of the seeds; its curves, and their
+    median, as a picture."""
+    study, rows = STUDIES[name], read_json(RESULTS / f"{name}.json")
+    columns = [key for key in FIGURES if any(key in row for row in rows)]
+    print(f"| {name} | {' | '.join(columns)} |")
+    height = math.ceil(len(study.panels) / 3)
+    figure = Figure(figsize=(15, 4.4 * height), dpi=80, layout="constrained")
+    for i, (title, panel) in enumerate(study.panels.items(), 1):
+        axes = figure.add_subplot(height, 3, i, title=title, xlabel="samples seen", ylabel=study.name)
+        axes.set(xscale="symlog", yscale="log")
+        for label, flags in panel.items():
+            runs = [row for row in rows if row["flags"] == flags]
+            print(f"| {title}: {label} | {' | '.join(extremes(runs, key) for key in columns)} |")
+            draw_curves(axes, label, [np.array(run["curve"]) for run in runs])
+        axes.legend(frameon=False, fontsize=8)
+    if not study.samples:
+        with atomic(RESULTS.parent / f"{name}.png") as temporary:
+            figure.savefig(temporary)
+
+
+def extremes(runs, key):
+    """The least and the greatest of what runs have, as text, and how many stopped without."""
+    values = sorted(run[key] for run in runs if key in run)
+    text = " to ".join(f"{v:.3g}" for v in dict.fromkeys(values[:1] + values[-1:]))
+    return text + f" ({len(runs) - len(values)} stopped)" * (len(values) < len(runs))
+
+
+def draw_curves(axes, label, curves):
+    """Curves [(samples, value), ...] of the same run with other seeds, as far as all of them go."""
+    shared = np.stack([curve[:min(map(len, curves))] for curve in curves])
+    low, middle, high = np.quantile(shared[..., 1], (0, 0.5, 1), axis=0)
+    axes.plot(shared[0, :, 0], middle, label=label)
+    axes.fill_between(shared[0, :, 0], low, high, alpha=0.15, linewidth=0)
+
+
 # ---- The command line ----
 def parse(argv):
     parser = Parser(__doc__)
-    parser.add_argument("source", help="a run's folder, a checkpoint (.pt, .pkl), a folder of images, an "
-                        ".npz file, or shapes (drawn ones)")
+    parser.add_argument("source", nargs="?", help="a run's folder, a checkpoint (.pt, .pkl), a folder of "
+                        "images, an .npz file, or shapes (drawn ones)")
     parser.add_argument("reference", nargs="?", help="a folder, an .npz (of images, or of mu and sigma), "
                         "shapes or cifar10; unless given, shapes for 16x16 and cifar10 for 32x32 images")
     parser.add_argument("--features", choices=("inception", "teacher", "pixels"), default="inception",
@@ -350,7 +499,16 @@ def parse(argv):
     parser.add_argument("--detector-sha256", help="what the Inception file must have")
     parser.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
     parser.add_argument("--out", metavar="JSON", help="fid.json beside the source unless given")
-    return parser.parse_args(argv)
+    group = parser.add_argument_group("studies, in the place of a source")
+    group.add_argument("--study", choices=STUDIES, help="its runs, in runs/studies, as far as they are not "
+                       "there; then its table and picture (assets) and its numbers (assets/results)")
+    group.add_argument("--seeds", type=number(int), default=3, help="of every run")
+    group.add_argument("--jobs", type=number(int), default=1, help="runs at once, which share the cores")
+    group.add_argument("--draw", action="store_true", help="no runs: only from assets/results")
+    args = parser.parse_args(argv)
+    if (args.source is None) == (args.study is None):
+        parser.error("expected a source, or --study")
+    return args
 
 
 def settle(args, images, checkpoint):
@@ -392,6 +550,13 @@ def write_statistics(args, images, digest, measure):
     print(f"{args.stats}: mu and sigma of {images.name}, {args.n} images")
 
 
+def read_json(path):
+    """A file of JSON, or of lines of JSON. UserError if it is missing or damaged."""
+    with blame(f"{path} is missing or damaged ({{}}): make it anew", ValueError, OSError):
+        text = path.read_text()
+        return list(map(json.loads, text.splitlines())) if path.suffix == ".jsonl" else json.loads(text)
+
+
 def read_results(path):
     with blame(f"{path} is no list of results ({{}}): move it away, or name another --out"):
         found = json.loads(path.read_text()) if path.exists() else []
@@ -410,6 +575,10 @@ def summarise(trials):
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = parse(words)
+    if args.study:
+        if not args.draw:
+            run_study(args.study, args.seeds, args.jobs)
+        return report_study(args.study)
     device, path = pick_device(args.device), Path(args.source)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     checkpoint = path.suffix in (".pt", ".pkl") or (path / "g_ema.pt").exists()

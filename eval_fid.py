@@ -382,7 +382,8 @@ STUDIES = {
     "stop-gradients": Study(*TOY, {"Pseudo-Huber": WRONG, "l2": add(WRONG, "--distance l2")}, samples=True),
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
     "figure-2-toy": Study(*TOY, figure_2(
-        "--anneal none", "--anneal none --lr 0.006", "--anneal none --lr 0.02")),
+        "--anneal none --steps 2000", "--anneal none --lr 0.006 --steps 2000",
+        "--anneal none --lr 0.02 --steps 2000")),
     "figure-2-shapes": Study(*IMAGES, figure_2(
         "--anneal none --steps 200", "--anneal none --lr 0.0012 --steps 100",
         "--anneal none --lr 0.004 --steps 100"))}

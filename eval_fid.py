@@ -363,7 +363,9 @@ WRONG = {"SIM": "", "d' detached": "--method d_prime_detached", "d_q detached": 
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
 
 
-FIGURES = ("fd", "sw2", "share_on_modes", "poorest", "richest", "evaluations", "seconds")  # of metrics.json
+FIGURES = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_modes": ("on modes", ".1%"),
+           "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
+           "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # of metrics.json: name, format
 
 
 def add(runs, flags):
@@ -379,11 +381,11 @@ def figure_2(usual, threefold, tenfold):
 
 STUDIES = {
     "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
-    "stop-gradients": Study(*TOY, {"Pseudo-Huber": WRONG, "l2": add(WRONG, "--distance l2")}, samples=True),
+    "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
     "figure-2-toy": Study(*TOY, figure_2(
-        "--anneal none --steps 2000", "--anneal none --lr 0.006 --steps 2000",
-        "--anneal none --lr 0.02 --steps 2000")),
+        "--anneal none --steps 1500", "--anneal none --lr 0.006 --steps 1500",
+        "--anneal none --lr 0.02 --steps 1500")),
     "figure-2-shapes": Study(*IMAGES, figure_2(
         "--anneal none --steps 200", "--anneal none --lr 0.0012 --steps 100",
         "--anneal none --lr 0.004 --steps 100"))}
@@ -395,39 +397,45 @@ def run_folder(study, flags, seed):
 
 
 def run_once(study, flags, seed, jobs):
-    """A run that is not done yet, or the rest of it, by its own command. -> its row in assets/results
-    UserError if it fails in another way than by a loss that is not finite, which is a result."""
-    out, stopped = run_folder(study, flags, seed), None
-    command = f"{study.stage} {flags} --seed {seed}".split()
-    if not (out / "metrics.json").exists():
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-        done = subprocess.run([sys.executable, *command, "--out", str(out)], cwd=HERE, env=environment,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        stopped = done.stderr.strip().split("\n")[-1][:200] if done.returncode else None
-        if stopped and "the last good checkpoint" not in stopped:
-            raise UserError(f"python {shlex.join(command)} stopped: {stopped}")
-    args, lines = [read_json(out / name) for name in ("args.json", "log.jsonl")]
-    curve = [[line["step"] * args["batch"], float(f"{line[study.key]:.3g}")]
-             for line in lines if study.key in line]
-    curve = curve[:1] + curve[1:-1][::len(curve) // 13 or 1] + curve[-1:]
-    result = {} if stopped else read_json(out / "metrics.json")
-    if "mode_shares" in result:
-        result |= {"poorest": min(result["mode_shares"]), "richest": max(result["mode_shares"])}
-    result = {key: round(result[key], 5) for key in FIGURES if key in result}
-    return {"flags": flags, "seed": seed, "stopped": stopped, **result, "curve": curve}
+    """A run by its own command, or what is missing of it. -> why it stopped, or None. UserError if that was
+    anything else than a loss that is not finite, which is a result."""
+    folder, command = run_folder(study, flags, seed), f"{study.stage} {flags} --seed {seed}".split()
+    if (folder / "metrics.json").exists():
+        return None
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    done = subprocess.run([sys.executable, *command, "--out", str(folder)], cwd=HERE, env=os.environ | threads,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    why = done.stderr.strip().split("\n")[-1]
+    if done.returncode and "the last good checkpoint" not in why:
+        raise UserError(f"python {shlex.join(command)} stopped: {why}")
+    return why if done.returncode else None
+
+
+def summarise_run(study, flags, seed, stopped):
+    """A run's row in assets/results: its figures, and its curve [(samples seen, value), ...]"""
+    folder = run_folder(study, flags, seed)
+    batch, lines = read_json(folder / "args.json")["batch"], read_json(folder / "log.jsonl")
+    judged = [line for line in lines if study.key in line]
+    curve = [[line["step"] * batch, float(f"{line[study.key]:.3g}")] for line in judged]
+    found = {} if stopped else read_json(folder / "metrics.json")
+    if "mode_shares" in found:
+        found |= {"poorest": min(found["mode_shares"]), "richest": max(found["mode_shares"])}
+    return {"flags": flags, "seed": seed, "stopped": stopped,
+            **{key: round(found[key], 5) for key in FIGURES if key in found},
+            "curve": curve[:1] + curve[1:-1:max(1, len(curve) // 13)] + curve[-1:]}
 
 
 def run_study(name, seeds, jobs):
     """All runs of a study, `jobs` at once, to assets/results/NAME.json, a line for each."""
     study = STUDIES[name]
-    runs = [(flags, seed) for seed in range(seeds)
-            for flags in dict.fromkeys(flags for panel in study.panels.values() for flags in panel.values())]
+    flags = dict.fromkeys(flags for panel in study.panels.values() for flags in panel.values())
+    runs = [(study, f, seed) for seed in range(seeds) for f in flags]
     with ThreadPoolExecutor(jobs) as pool:
-        rows = pool.map(lambda run: run_once(study, *run, jobs), runs)
-        rows = list(progress(rows, name, len(runs)))
+        stops = list(progress(pool.map(lambda run: run_once(*run, jobs), runs), name, len(runs)))
+    rows = [json.dumps(summarise_run(*run, stopped)) for run, stopped in zip(runs, stops)]
     RESULTS.mkdir(exist_ok=True)
     with atomic(RESULTS / f"{name}.json") as temporary:
-        temporary.write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n")
+        temporary.write_text("[" + ",\n ".join(rows) + "]\n")
     if study.samples:
         draw_samples(study, RESULTS.parent / f"{name}.png")
 
@@ -435,7 +443,7 @@ def run_study(name, seeds, jobs):
 def draw_samples(study, path):
     """Samples of every run of the toy with seed 0, after exact ones."""
     toy, panels = importlib.import_module("01_toy_2d"), []
-    for label, flags in [(label, flags) for panel in study.panels.values() for label, flags in panel.items()]:
+    for label, flags in [run for panel in study.panels.values() for run in panel.items()]:
         g, t_star, meta = load_generator(run_folder(study, flags, 0), toy.make_denoiser)
         mixture, z = toy.make_mixture(meta["mixture"]), torch.randn(4000, 2, generator=seed_step(0, 0))
         panels.append(toy.panel(mixture, toy.generate(g, z, t_star, meta["segments"]), label))
@@ -444,19 +452,20 @@ def draw_samples(study, path):
 
 
 def report_study(name):
-    """assets/results/NAME.json as a table, from the least to the greatest of the seeds; its curves, and their
-    median, as a picture."""
+    """assets/results/NAME.json: a table for each panel, with the least and the greatest of the seeds; and a
+    picture of the curves, unless there is one of samples."""
     study, rows = STUDIES[name], read_json(RESULTS / f"{name}.json")
-    columns = [key for key in FIGURES if any(key in row for row in rows)]
-    print(f"| {name} | {' | '.join(columns)} |")
+    keys = [key for key in FIGURES if any(key in row for row in rows)]
     height = math.ceil(len(study.panels) / 3)
     figure = Figure(figsize=(15, 4.4 * height), dpi=80, layout="constrained")
     for i, (title, panel) in enumerate(study.panels.items(), 1):
+        print("", " | ".join([f"| {title}", *[FIGURES[key][0] for key in keys]]) + " |", sep="\n")
+        print("|---" * (len(keys) + 1) + "|")
         axes = figure.add_subplot(height, 3, i, title=title, xlabel="samples seen", ylabel=study.name)
         axes.set(xscale="symlog", yscale="log")
         for label, flags in panel.items():
             runs = [row for row in rows if row["flags"] == flags]
-            print(f"| {title}: {label} | {' | '.join(extremes(runs, key) for key in columns)} |")
+            print(" | ".join([f"| {label}", *[extremes(runs, key) for key in keys]]) + " |")
             draw_curves(axes, label, [np.array(run["curve"]) for run in runs])
         axes.legend(frameon=False, fontsize=8)
     if not study.samples:
@@ -467,13 +476,13 @@ def report_study(name):
 def extremes(runs, key):
     """The least and the greatest of what runs have, as text, and how many stopped without."""
     values = sorted(run[key] for run in runs if key in run)
-    text = " to ".join(f"{v:.3g}" for v in dict.fromkeys(values[:1] + values[-1:]))
+    text = " to ".join(dict.fromkeys(format(v, FIGURES[key][1]) for v in values[:1] + values[-1:]))
     return text + f" ({len(runs) - len(values)} stopped)" * (len(values) < len(runs))
 
 
 def draw_curves(axes, label, curves):
-    """Curves [(samples, value), ...] of the same run with other seeds, as far as all of them go."""
-    shared = np.stack([curve[:min(map(len, curves))] for curve in curves])
+    """Curves (n, 2) of one run with several seeds: their median, in a band from the least to the greatest."""
+    shared = np.stack([curve[:min(map(len, curves))] for curve in curves])  # as far as all of them go
     low, middle, high = np.quantile(shared[..., 1], (0, 0.5, 1), axis=0)
     axes.plot(shared[0, :, 0], middle, label=label)
     axes.fill_between(shared[0, :, 0], low, high, alpha=0.15, linewidth=0)

@@ -332,7 +332,7 @@ def jump(denoise, x, t, b):
     return x_0 + b / t * (x - x_0)
 
 
-def generate(g, z, t_star, segments=1):
+def few_steps(g, z, t_star, segments=1):
     """z (B, 2), standard normal, to samples by `segments` evaluations of g; one is (B.4)."""
     x, starts = t_star * z, sampling_times(STEPS * segments + 1, sigma_max=t_star)[::STEPS][:segments]
     for t, b in zip(starts, [*starts[1:], 0.0]):
@@ -421,7 +421,7 @@ class DMD(Neighbour):
     def theta(self):
         loss, _ = di_loss(self.d_psi, self.d_q, self.fake(), self.time("theta"), self.normal(), sidwgt)
         i = torch.randint(len(self.z), (self.args.batch,), **self.where)
-        return loss + 0.25 * batch_sum((generate(self.g, self.z[i], self.args.t_star) - self.x[i])**2)
+        return loss + 0.25 * batch_sum((few_steps(self.g, self.z[i], self.args.t_star) - self.x[i])**2)
 
 
 class ADD(Neighbour):
@@ -452,7 +452,7 @@ class PaGoDA(Neighbour):
 
     def theta(self):
         i = torch.randint(len(self.z), (self.args.batch,), **self.where)
-        back = generate(self.g, self.z[i], self.args.t_star) - self.x[i]
+        back = few_steps(self.g, self.z[i], self.args.t_star) - self.x[i]
         return back.norm(dim=1) + F.softplus(-self.logit(self.fake()))
 
 
@@ -485,7 +485,7 @@ def look(args, folder, mixture, g, log):
     """A log line and a picture of the generator so far."""
     random = torch.Generator(mixture.means.device).manual_seed(0)  # the same latents and data each time
     z = torch.randn(10_000, 2, device=mixture.means.device, generator=random)
-    x, data = generate(g, z, args.t_star, args.segments), mixture.sample(10_000, random)
+    x, data = few_steps(g, z, args.t_star, args.segments), mixture.sample(10_000, random)
     log.write(sw2=sliced_w2(projections(x, 20), projections(data, 20)))
     picture = image_grid(panel(mixture, x, f"step {log.step}")[None])
     save_picture(picture, folder / "samples" / f"{log.step:06}.png")
@@ -517,7 +517,7 @@ def evaluate(args, mixture, g, d_q, seconds, n=10_000, sets=8):
     normal = partial(torch.randn, n, 2, device=mixture.means.device, generator=random)
     points = {"_exact": [mixture.sample(n, random) for _ in range(sets)],
               "_teacher": [edm_sampler(d_q, normal()) for _ in range(sets)],
-              "": [generate(g, normal(), args.t_star, args.segments) for _ in range(sets)]}
+              "": [few_steps(g, normal(), args.t_star, args.segments) for _ in range(sets)]}
     lines = {end: [projections(x) for x in many] for end, many in points.items()}
     metrics = {key: getattr(args, key) for key in ("method", "distance", "mixture", "seed", "steps")}
     metrics |= {"evaluations": args.segments, "seconds": round(seconds, 1)}
@@ -594,7 +594,7 @@ def sample(args):
     path = Path(args.sample)
     z = torch.randn(args.n, 2, generator=torch.Generator().manual_seed(args.seed))
     with torch.no_grad():
-        x = generate(g, z, t_star, segments)
+        x = few_steps(g, z, t_star, segments)
     folder = Path(args.out or (path if path.is_dir() else path.parent))
     folder.mkdir(parents=True, exist_ok=True)
     name = folder / f"drawn-{args.n}-seed-{args.seed}"

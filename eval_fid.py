@@ -360,12 +360,13 @@ NEIGHBOURS = METHODS | {
     "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
 WRONG = {"SIM": "", "d' detached": "--method d_prime_detached", "d_q detached": "--method d_q_detached",
          "d(y) back-propagated": "--method d_backpropagated"}
+T_STARS = {f"t* = {t}": "" if t == 2.5 else f"--t-star {t}" for t in (0.5, 2.5, 20)}
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
 
 
 FIGURES = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_modes": ("on modes", ".1%"),
            "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
-           "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # of metrics.json: name, format
+           "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # name and format in a table
 
 
 def add(runs, flags):
@@ -383,6 +384,7 @@ STUDIES = {
     "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
     "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
+    "t-star": Study(*TOY, {"t*": T_STARS}, samples=True),
     "figure-2-toy": Study(*TOY, figure_2(
         "--anneal none --steps 1500", "--anneal none --lr 0.006 --steps 1500",
         "--anneal none --lr 0.02 --steps 1500")),
@@ -403,7 +405,7 @@ def run_once(study, flags, seed, jobs):
     if (folder / "metrics.json").exists():
         return None
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    done = subprocess.run([sys.executable, *command, "--out", str(folder)], cwd=HERE, env=os.environ | threads,
+    done = subprocess.run([sys.executable, *command, "--out", folder], cwd=HERE, env=os.environ | threads,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     why = done.stderr.strip().split("\n")[-1]
     if done.returncode and "the last good checkpoint" not in why:
@@ -446,7 +448,7 @@ def draw_samples(study, path):
     for label, flags in [run for panel in study.panels.values() for run in panel.items()]:
         g, t_star, meta = load_generator(run_folder(study, flags, 0), toy.make_denoiser)
         mixture, z = toy.make_mixture(meta["mixture"]), torch.randn(4000, 2, generator=seed_step(0, 0))
-        panels.append(toy.panel(mixture, toy.generate(g, z, t_star, meta["segments"]), label))
+        panels.append(toy.panel(mixture, toy.few_steps(g, z, t_star, meta["segments"]), label))
     data = toy.panel(mixture, mixture.sample(4000), "data")
     save_picture(image_grid(torch.stack([data, *panels]), columns=4), path)
 

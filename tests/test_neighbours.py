@@ -60,9 +60,9 @@ def test_heun_follows_the_flow_up_and_down_with_times_of_its_own_for_each_sample
 def test_few_step_sampling_of_an_exact_consistency_function():
     z = torch.randn(50, 2)
     for segments in (1, 3):
-        x = toy.generate(consistent(segments), z, 80.0, segments)
+        x = toy.few_steps(consistent(segments), z, 80.0, segments)
         torch.testing.assert_close(x, flow_map(80 * z, 80.0, 0.0), rtol=2e-2, atol=4e-3)
-    assert torch.equal(toy.generate(posterior_mean, z, 2.5), posterior_mean(2.5 * z, 2.5))
+    assert torch.equal(toy.few_steps(posterior_mean, z, 2.5), posterior_mean(2.5 * z, 2.5))
 
 
 # ---- the losses ----

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import eval_fid
-from common import WEIGHTS, heun, l2, sidwgt, sim_loss
+from common import WEIGHTS, heun, l2, save_state, sidwgt, sim_loss
 
 toy = importlib.import_module("01_toy_2d")
 SHORT = ["--part", "distil", "--steps", "3", "--batch", "64", "--pretrain-steps", "20", "--save-every", "20"]
@@ -272,17 +273,31 @@ def test_runs(options, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", toy.NEIGHBOURS)
-def test_what_learns(method, tmp_path):
-    """g always, and the second network where there is one."""
+def test_what_learns_and_that_a_killed_run_continues(method, tmp_path):
+    """g always, and the second network where there is one; the same after a stop, bit for bit."""
     args = toy.parse([*SHORT, "--method", method, "--pretrain-steps", "1", "--batch", "16"])
     mixture = toy.make_mixture("ring")
-    parts = toy.prepare(args, tmp_path, mixture)
-    toy.train_neighbour(args, toy.NEIGHBOURS[method](args, mixture, mixture.denoiser, parts), parts, int)
-    moved = {
-        name: any(not torch.equal(a, b) for a, b in zip(parts[name].parameters(), parts["d_q"].parameters()))
-        for name in ("d_psi", "g")
-    }
-    assert moved == {"d_psi": method in ("dmd", "add", "pagoda"), "g": True}
+
+    def run(folder, report):
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        parts = toy.prepare(args, folder, mixture)
+        neighbour = toy.NEIGHBOURS[method](args, mixture, mixture.denoiser, parts)
+        toy.train_neighbour(args, neighbour, parts, lambda: report(parts))
+        return parts
+
+    def kill(parts):
+        if parts["log"].step == 2:
+            save_state(tmp_path / "killed" / "ckpt.pt", **parts)
+            raise KeyboardInterrupt
+
+    parts = run(tmp_path / "whole", lambda parts: None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", kill)
+    again = run(tmp_path / "killed", lambda parts: None)
+    same = lambda a, b: all(torch.equal(v, w) for v, w in zip(a.parameters(), b.parameters()))
+    assert same(parts["g"], again["g"]) and same(parts["d_psi"], again["d_psi"])
+    assert not same(parts["g"], parts["d_q"])
+    assert same(parts["d_psi"], parts["d_q"]) == (method not in ("dmd", "add", "pagoda"))
 
 
 @pytest.mark.parametrize("options", [["--segments", "2"], ["--method", "cd", "--weight", "sidwgt"]])
@@ -303,6 +318,20 @@ def test_cells_run_in_order_as_a_notebook():
 
 
 # ---- studies ----
+@pytest.mark.parametrize("name", eval_fid.STUDIES)
+def test_the_readme_shows_what_the_results_say(name, tmp_path, monkeypatch, capsys):
+    results = tmp_path / "assets" / "results"
+    shutil.copytree(eval_fid.RESULTS, results)
+    monkeypatch.setattr(eval_fid, "RESULTS", results)
+    eval_fid.main(["--study", name, "--draw"])
+    readme = (eval_fid.HERE / "README.md").read_text().splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 3 and [line for line in lines if line not in readme] == []
+    assert (results.parent / f"{name}.png").exists() != eval_fid.STUDIES[name].samples
+    rows = json.loads((results / f"{name}.json").read_text())
+    assert {row["seed"] for row in rows} >= {0, 1, 2}
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     panels = {"one": {"SIM": "", "iCT": "--method ct"}, "another": {"too fast": "--lr 1e15", "SIM again": ""}}

@@ -9,7 +9,7 @@ A. Theorem 3.1 to machine precision: both sides of (3.6), as gradients of a netw
    Expect relative errors below 1e-10, but for huber (a kink: 1e-4) and l1 (a jump: 0.3); 0.1 to 1 if wrong.
 B. Algorithm 2: a diffusion model of a Gaussian mixture, 35 evaluations a sample, becomes a one-step one.
    Expect 99 % of its samples on the modes, an equal share on each, and pictures of it in the run's folder.
-C. The neighbours of SIM, ten lines each, in the same frame.
+C. The neighbours of SIM, ten lines each, in the same frame. Some of them need data; SIM does not.
 
 The cells open as a notebook (VS Code, jupytext); the last one runs what the command line would.
 """
@@ -187,11 +187,12 @@ def gaussian_gradient(loss, mean, std, psi_mean, psi_std, t=2.0):
 
 
 def gaussian_figure(path):
-    """Every loss's gradient: by the mean and by the std where d_psi is right, and by the std where it
-    lags."""
+    """Every loss's gradient: by the mean and by the std where d_psi is right, and by the std where it lags.
+    By the mean, all but the last depend on d_psi's mean and not on g's, so that the first panel shows a lag
+    too."""
     panels = (("by the mean of g; $d_\\psi$ right", "mean of g", lambda v: (v, 1, v, 1), 0),
               ("by the std of g; $d_\\psi$ right", "std of g", lambda v: (0, 1 + v / 2, 0, 1 + v / 2), 1),
-              ("the same where g has 1.5", "std of $d_\\psi$", lambda v: (0, 1.5, 0, 1 + v / 2), 1))
+              ("by the std of g, 0.5; it lags", "std of $d_\\psi$", lambda v: (0, 0.5, 0, 1 + v / 2), 1))
     figure = Figure(figsize=(9.6, 3.4), dpi=100, layout="constrained")
     places = torch.linspace(-1.5, 1.5, 25).tolist()
     for axes, (title, label, where, i) in zip(figure.subplots(1, 3), panels):
@@ -250,15 +251,15 @@ def pretrain(net, mixture, args):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return net
 
 
 def prepare(args, folder, mixture):
     """The parts of a run: new, or as ckpt.pt has them."""
     torch.manual_seed(args.seed)
     checkpoint, device = folder / "ckpt.pt", mixture.means.device
-    new = make_denoiser(**net_arguments(args)).to(device)
-    net = new if checkpoint.exists() else pretrain(new, mixture, args)
+    net = make_denoiser(**net_arguments(args)).to(device)
+    if not checkpoint.exists() and args.method != "ct":  # which has no teacher to start from
+        pretrain(net, mixture, args)
     d_psi, g, g_ema, d_q = [copy.deepcopy(net) for _ in range(4)]
     for frozen in (g_ema, d_q):
         frozen.eval().requires_grad_(False)
@@ -321,9 +322,10 @@ def train(args, d_q, parts, report):
         report()
 
 
-# %% C. The neighbours: other ways to few steps, with the same networks and as many updates
+# %% C. The neighbours: other ways to few steps, with the same networks and as many updates. Those that match
+# scores take SIM's t* and times, the others start from t* = 80. Plain distances stand for the papers' LPIPS.
 # Numbers in [] are those of the notes "Distilled Diffusion Models" (July 2024), misprints mended (README).
-STEPS = 18  # of a teacher's flow, or of a segment of it: CIFAR-10's N in Song et al. (2023), Table 3
+STEPS = 18  # of a teacher's flow, or of a segment of it: about CIFAR-10's N in Song et al. (2023), Table 3
 
 
 def jump(denoise, x, t, b):
@@ -348,7 +350,7 @@ class Neighbour:
     def __init__(self, args, mixture, d_q, parts):
         self.args, self.mixture, self.d_q, self.times = args, mixture, d_q, make_times(args)
         self.d_psi, self.g, self.where = parts["d_psi"], parts["g"], {"device": mixture.means.device}
-        self.begin(args.steps)  # for what is drawn once: random numbers of no step
+        self.begin(args.steps)  # for what is drawn once: random numbers of no step, the same after a kill
 
     def begin(self, step):
         self.progress = step / self.args.steps
@@ -363,8 +365,11 @@ class Neighbour:
     def time(self, phase):
         return self.times[phase]((self.args.batch, 1), **self.where)
 
-    def fake(self):
-        return self.g(self.args.t_star * self.normal(), self.args.t_star)  # (B.4)
+    def generate(self, z):
+        return self.g(self.args.t_star * z, self.args.t_star)  # (B.4)
+
+    def pick(self):  # from what was drawn once
+        return torch.randint(len(self.z), (self.args.batch,), **self.where)
 
     def grid(self, steps):
         """-> (steps + 1,) falling times of the flow, from t* to 0.002."""
@@ -376,9 +381,9 @@ class Neighbour:
 
 
 class CD(Neighbour):
-    """Consistency distillation (Song et al. 2023), [12] with mu = 0: both ends of a step of the teacher's
-    flow are to lead to one point. Multistep, mcm (Heek et al. 2024), [52]: at b, the end of their segment of
-    the time. jump(g, x, b, b) = x, which is [8]."""
+    """Consistency distillation (Song et al. 2023), [12] with mu = 0 and d = l2: both ends of a step of the
+    teacher's flow are to lead to one point. Multistep, mcm (Heek et al. 2024), [52]: at b, the end of their
+    segment of the time. jump(g, x, b, b) = x, which is [8]."""
     t_star = 80.0
 
     def theta(self):
@@ -392,8 +397,8 @@ class CD(Neighbour):
 
 
 class CT(Neighbour):
-    """Consistency training [27], improved (iCT, Song and Dhariwal 2024): no teacher, no EMA [42],
-    Pseudo-Huber [43], ten steps that double seven times, drawn log-normally, the weight 1 / (t - s)."""
+    """Consistency training [27], improved (iCT, Song and Dhariwal 2024): from scratch, no EMA in the target
+    [42], Pseudo-Huber [43], ten steps that double seven times, drawn log-normally, the weight 1 / (t - s)."""
     t_star = 80.0
 
     def theta(self):
@@ -410,50 +415,53 @@ class CT(Neighbour):
 class DMD(Neighbour):
     """Distribution matching distillation (Yin et al. 2024): the gradient of the KL divergence [63], weighted,
     and 0.25 times a regression to samples of the teacher. d_psi learns as SIM's does [66]."""
-    def __init__(self, *parts):
-        super().__init__(*parts)
+    def __init__(self, *given):
+        super().__init__(*given)
         self.z = torch.cat([self.normal() for _ in range(10)])
         self.x = edm_sampler(self.d_q, self.z)
 
     def psi(self):
-        return dsm_loss(self.d_psi, self.fake(), self.time("psi"), self.normal())
+        return dsm_loss(self.d_psi, self.generate(self.normal()), self.time("psi"), self.normal())
 
     def theta(self):
-        loss, _ = di_loss(self.d_psi, self.d_q, self.fake(), self.time("theta"), self.normal(), sidwgt)
-        i = torch.randint(len(self.z), (self.args.batch,), **self.where)
-        return loss + 0.25 * batch_sum((few_steps(self.g, self.z[i], self.args.t_star) - self.x[i])**2)
+        x_0 = self.generate(self.normal())
+        loss, _ = di_loss(self.d_psi, self.d_q, x_0, self.time("theta"), self.normal(), sidwgt)
+        i = self.pick()
+        return loss + 0.25 * batch_sum((self.generate(self.z[i]) - self.x[i])**2)
 
 
 class ADD(Neighbour):
     """Adversarial diffusion distillation (Sauer et al. 2023): a hinge GAN, and 2.5 times the distance to what
-    the teacher makes of g's samples diffused [67], detached [68]."""
+    the teacher makes of g's samples diffused [67], detached [68]. From noise alone, without the penalty R1
+    and a weight of t."""
     def psi(self):
-        return F.relu(1 - self.logit(self.data())) + F.relu(1 + self.logit(self.fake()))
+        x, x_0 = self.data(), self.generate(self.normal())
+        return F.relu(1 - self.logit(x)) + F.relu(1 + self.logit(x_0))
 
     def theta(self):
-        x_0, t = self.fake(), self.time("theta")
+        x_0, t = self.generate(self.normal()), self.time("theta")
         with torch.no_grad():
             target = self.d_q(diffuse(x_0, t, self.normal()), t)
         return 2.5 * batch_sum((x_0 - target)**2) - self.logit(x_0)
 
 
 class PaGoDA(Neighbour):
-    """PaGoDA (Kim et al. 2024): data follow the teacher's flow to noise, E(x), from which g is to bring them
-    back [55], and a GAN."""
+    """PaGoDA (Kim et al. 2024), without its growing resolution: data follow the teacher's flow to noise,
+    E(x), from which g is to bring them back, and a GAN [55], whose generator minimises -log D."""
     t_star = 80.0
 
-    def __init__(self, *parts):
-        super().__init__(*parts)
+    def __init__(self, *given):
+        super().__init__(*given)
         self.x = self.data(10)
         self.z = heun(self.d_q, self.x, self.grid(STEPS).flip(0)) / self.args.t_star
 
     def psi(self):
-        return F.softplus(-self.logit(self.data())) + F.softplus(self.logit(self.fake()))  # both -log
+        x, x_0 = self.data(), self.generate(self.normal())
+        return F.softplus(-self.logit(x)) + F.softplus(self.logit(x_0))  # -log D(x) - log(1 - D(g(z)))
 
     def theta(self):
-        i = torch.randint(len(self.z), (self.args.batch,), **self.where)
-        back = few_steps(self.g, self.z[i], self.args.t_star) - self.x[i]
-        return back.norm(dim=1) + F.softplus(-self.logit(self.fake()))
+        i, x_0 = self.pick(), self.generate(self.normal())
+        return (self.generate(self.z[i]) - self.x[i]).norm(dim=1) + F.softplus(-self.logit(x_0))
 
 
 NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA}
@@ -576,7 +584,7 @@ def distil(args, folder, mixture):
     frames = [Image.open(path) for path in sorted((folder / "samples").glob("[0-9]*.png"))]
     save_picture(frames[0], folder / "animation.gif", frames[1:])
     curves, lines = {"divergence": "E d(y), the estimate of (3.3)", "sw2": "sliced Wasserstein-2"}, log.read()
-    curves = {key: label for key, label in curves.items() if key in lines[-1]}
+    curves = {key: label for key, label in curves.items() if any(key in line for line in lines)}
     plot_log(folder / "divergence.png", lines, curves)
     print(f"{m['seconds']:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for end, title in titles.items():
@@ -621,8 +629,10 @@ def parse(argv):
                       p_mean=-1.5, p_std=1.5, psi_mean=-1.2, psi_std=1.2, psi_updates=1,
                       ema_half_life=7e4, save_every=500, n=10_000)  # measured on the ring
     args = parser.parse_args(argv)
-    for flag, methods in (("segments", ["mcm"]), ("weight", ["sim", "sid", "di"])):
-        if getattr(args, flag) and args.method not in methods:
+    scores = ("sim", "sid", "di")
+    for flag, methods in (("segments", ["mcm"]), ("weight", scores), ("distance", (*scores, *WRONG)),
+                          ("teacher", (*scores, *WRONG, *NEIGHBOURS.keys() - {"ct"}))):
+        if getattr(args, flag) != parser.get_default(flag) and args.method not in methods:
             parser.error(f"--{flag} is for --method {', '.join(methods)}")
     args.segments = args.segments or (4 if args.method == "mcm" else 1)
     args.t_star = args.t_star or NEIGHBOURS.get(args.method, Neighbour).t_star
@@ -640,8 +650,8 @@ def main(argv=None):
     ignore = ("out", "fresh", "device", "save_every", "part", "thorough", "sample", "n")
     folder = open_run(args, ignore)
     if args.part == "theorem" or args.part == "both" and not (folder / "theorem.json").exists():
-        save(theorem(args.thorough), folder / "theorem.json")
         gaussian_figure(folder / "gaussian.png")
+        save(theorem(args.thorough), folder / "theorem.json")
     if args.part != "theorem":
         distil(args, folder, make_mixture(args.mixture, device))
 

@@ -821,7 +821,7 @@ def number(kind, low=0, strict=True):
 def add_method_arguments(parser, others=()):
     """--method, --distance and their parameters: the same in every stage, but for other methods."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=("sim", "sid", "di", *others), help="or a neighbour")
+    group.add_argument("--method", choices=("sim", "sid", "di", *others), help="or another, to compare")
     group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d of (3.3), Table 4")
     for flag, kind, meaning in (
             ("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4) or exp's (2) exponent, even"),

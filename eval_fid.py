@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from common import (Parser, UserError, atomic, blame, draw_latents, draw_shapes, fetch, image_grid,
                     load_generator, number, one_line_errors, pick_device, progress, read_shapes, require,
-                    save, save_picture, seed_step, sha256, sum_over_ranks, to_uint8, world)
+                    save, save_picture, sha256, sum_over_ranks, to_uint8, world)
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com"
 DETECTOR = f"{NVIDIA}/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -364,20 +364,18 @@ T_STARS = {f"t* = {t}": "" if t == 2.5 else f"--t-star {t}" for t in (0.5, 2.5, 
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
 
 
-FIGURES = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_modes": ("on modes", ".1%"),
+COLUMNS = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_modes": ("on modes", ".1%"),
            "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
            "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # name and format in a table
 
 
-def add(runs, flags):
-    return {label: f"{more} {flags}".strip() for label, more in runs.items()}
-
-
 def figure_2(usual, threefold, tenfold):
     """The paper's Figure 2, with these flags for the preset's lr, three times that and ten times that."""
-    return {"the preset's learning rate": add(METHODS, usual), "three times that": add(METHODS, threefold),
-            "ten times that": add(METHODS, tenfold), "weight and times of theta": add(SETTINGS, usual),
-            "Pseudo-Huber's c": add(CONSTANTS, usual)}
+    panels = {"the preset's learning rate": (METHODS, usual), "three times that": (METHODS, threefold),
+              "ten times that": (METHODS, tenfold), "SIM, weight and times of theta": (SETTINGS, usual),
+              "SIM, Pseudo-Huber's c": (CONSTANTS, usual)}
+    return {title: {label: f"{more} {flags}".strip() for label, more in runs.items()}
+            for title, (runs, flags) in panels.items()}
 
 
 STUDIES = {
@@ -409,22 +407,22 @@ def run_once(study, flags, seed, jobs):
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     why = done.stderr.strip().split("\n")[-1]
     if done.returncode and "the last good checkpoint" not in why:
-        raise UserError(f"python {shlex.join(command)} stopped: {why}")
+        raise UserError(f"python {shlex.join([*command, '--out', str(folder)])} stopped: {why}")
     return why if done.returncode else None
 
 
 def summarise_run(study, flags, seed, stopped):
     """A run's row in assets/results: its figures, and its curve [(samples seen, value), ...]"""
     folder = run_folder(study, flags, seed)
-    batch, lines = read_json(folder / "args.json")["batch"], read_json(folder / "log.jsonl")
-    judged = [line for line in lines if study.key in line]
-    curve = [[line["step"] * batch, float(f"{line[study.key]:.3g}")] for line in judged]
+    args, lines = read_json(folder / "args.json"), read_json(folder / "log.jsonl")
+    shown = {round(args["steps"] * (i / 12)**2) for i in range(13)}  # places that every stage looks at
+    curve = [[line["step"] * args["batch"], float(f"{line[study.key]:.3g}")]
+             for line in lines if study.key in line and line["step"] in shown]
     found = {} if stopped else read_json(folder / "metrics.json")
     if "mode_shares" in found:
         found |= {"poorest": min(found["mode_shares"]), "richest": max(found["mode_shares"])}
     return {"flags": flags, "seed": seed, "stopped": stopped,
-            **{key: round(found[key], 5) for key in FIGURES if key in found},
-            "curve": curve[:1] + curve[1:-1:max(1, len(curve) // 13)] + curve[-1:]}
+            **{key: round(found[key], 5) for key in COLUMNS if key in found}, "curve": curve}
 
 
 def run_study(name, seeds, jobs):
@@ -444,29 +442,35 @@ def run_study(name, seeds, jobs):
 
 def draw_samples(study, path):
     """Samples of every run of the toy with seed 0, after exact ones."""
-    toy, panels = importlib.import_module("01_toy_2d"), []
+    toy, random = importlib.import_module("01_toy_2d"), torch.Generator().manual_seed(0)
+    mixture, z = toy.make_mixture("ring"), torch.randn(4000, 2, generator=random)
+    panels = [toy.panel(mixture, mixture.sample(4000, random), "data")]
     for label, flags in [run for panel in study.panels.values() for run in panel.items()]:
-        g, t_star, meta = load_generator(run_folder(study, flags, 0), toy.make_denoiser)
-        mixture, z = toy.make_mixture(meta["mixture"]), torch.randn(4000, 2, generator=seed_step(0, 0))
-        panels.append(toy.panel(mixture, toy.few_steps(g, z, t_star, meta["segments"]), label))
-    data = toy.panel(mixture, mixture.sample(4000), "data")
-    save_picture(image_grid(torch.stack([data, *panels]), columns=4), path)
+        folder = run_folder(study, flags, 0)
+        if not (folder / "g_ema.pt").exists():  # stopped before the first checkpoint
+            continue
+        g, t_star, meta = load_generator(folder, toy.make_denoiser)
+        stopped = "" if (folder / "metrics.json").exists() else f" (stopped at {meta['step']})"
+        panels.append(toy.panel(mixture, toy.few_steps(g, z, t_star, meta["segments"]), label + stopped))
+    save_picture(image_grid(torch.stack(panels), columns=4), path)
 
 
 def report_study(name):
     """assets/results/NAME.json: a table for each panel, with the least and the greatest of the seeds; and a
     picture of the curves, unless there is one of samples."""
     study, rows = STUDIES[name], read_json(RESULTS / f"{name}.json")
-    keys = [key for key in FIGURES if any(key in row for row in rows)]
+    keys = [key for key in COLUMNS if any(key in row for row in rows)]
     height = math.ceil(len(study.panels) / 3)
     figure = Figure(figsize=(15, 4.4 * height), dpi=80, layout="constrained")
     for i, (title, panel) in enumerate(study.panels.items(), 1):
-        print("", " | ".join([f"| {title}", *[FIGURES[key][0] for key in keys]]) + " |", sep="\n")
+        print("", " | ".join([f"| {title}", *[COLUMNS[key][0] for key in keys]]) + " |", sep="\n")
         print("|---" * (len(keys) + 1) + "|")
         axes = figure.add_subplot(height, 3, i, title=title, xlabel="samples seen", ylabel=study.name)
         axes.set(xscale="symlog", yscale="log")
         for label, flags in panel.items():
             runs = [row for row in rows if row["flags"] == flags]
+            if not runs:
+                raise UserError(f"{RESULTS / name}.json has no run of {label!r}: --study {name} makes it anew")
             print(" | ".join([f"| {label}", *[extremes(runs, key) for key in keys]]) + " |")
             draw_curves(axes, label, [np.array(run["curve"]) for run in runs])
         axes.legend(frameon=False, fontsize=8)
@@ -478,16 +482,19 @@ def report_study(name):
 def extremes(runs, key):
     """The least and the greatest of what runs have, as text, and how many stopped without."""
     values = sorted(run[key] for run in runs if key in run)
-    text = " to ".join(dict.fromkeys(format(v, FIGURES[key][1]) for v in values[:1] + values[-1:]))
-    return text + f" ({len(runs) - len(values)} stopped)" * (len(values) < len(runs))
+    text = " to ".join(dict.fromkeys(format(v, COLUMNS[key][1]) for v in values[:1] + values[-1:]))
+    stopped = f"{len(runs) - len(values)} stopped" if len(values) < len(runs) else ""
+    return ", ".join(filter(None, (text, stopped)))
 
 
 def draw_curves(axes, label, curves):
-    """Curves (n, 2) of one run with several seeds: their median, in a band from the least to the greatest."""
-    shared = np.stack([curve[:min(map(len, curves))] for curve in curves])  # as far as all of them go
-    low, middle, high = np.quantile(shared[..., 1], (0, 0.5, 1), axis=0)
-    axes.plot(shared[0, :, 0], middle, label=label)
-    axes.fill_between(shared[0, :, 0], low, high, alpha=0.15, linewidth=0)
+    """Curves [(samples seen, value), ...] of a run with several seeds: their median, in a band from the least
+    to the greatest of those that went so far."""
+    places = max(curves, key=len)[:, 0]
+    values = [[curve[i, 1] for curve in curves if i < len(curve)] for i in range(len(places))]
+    low, middle, high = zip(*[np.quantile(v, (0, 0.5, 1)) for v in values])
+    axes.plot(places, middle, label=label)
+    axes.fill_between(places, low, high, alpha=0.15, linewidth=0)
 
 
 # ---- The command line ----
@@ -513,7 +520,8 @@ def parse(argv):
     parser.add_argument("--out", metavar="JSON", help="fid.json beside the source unless given")
     group = parser.add_argument_group("studies, in the place of a source")
     group.add_argument("--study", choices=STUDIES, help="its runs, in runs/studies, as far as they are not "
-                       "there; then its table and picture (assets) and its numbers (assets/results)")
+                       "there (remove them after a change of the code); then its tables, its picture in "
+                       "assets and its numbers in assets/results")
     group.add_argument("--seeds", type=number(int), default=3, help="of every run")
     group.add_argument("--jobs", type=number(int), default=1, help="runs at once, which share the cores")
     group.add_argument("--draw", action="store_true", help="no runs: only from assets/results")

@@ -470,7 +470,7 @@ def report_study(name):
         for label, flags in panel.items():
             runs = [row for row in rows if row["flags"] == flags]
             if not runs:
-                raise UserError(f"{RESULTS / name}.json has no run of {label!r}: --study {name} makes it anew")
+                raise UserError(f"{RESULTS / name}.json has no {label!r}: --study {name} makes it anew")
             print(" | ".join([f"| {label}", *[extremes(runs, key) for key in keys]]) + " |")
             draw_curves(axes, label, [np.array(run["curve"]) for run in runs])
         axes.legend(frameon=False, fontsize=8)

@@ -337,6 +337,13 @@ def test_cells_run_in_order_as_a_notebook(monkeypatch):
 
 
 # ---- studies ----
+@pytest.mark.parametrize("words", [[], ["shapes", "--study", "teachers"], ["--study", "no-such"]])
+def test_a_source_or_a_study(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        eval_fid.main(words)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", eval_fid.STUDIES)
 def test_the_readme_shows_what_the_results_say(name, tmp_path, monkeypatch, capsys):
     results = tmp_path / "assets" / "results"
@@ -355,7 +362,9 @@ def test_the_readme_shows_what_the_results_say(name, tmp_path, monkeypatch, caps
 def study(tmp_path, monkeypatch):
     panels = {"one": {"SIM": "", "iCT": "--method ct"}, "another": {"too fast": "--lr 1e15", "SIM again": ""}}
     stage = f"01_toy_2d.py {' '.join(SHORT)}"
-    monkeypatch.setitem(eval_fid.STUDIES, "tiny", eval_fid.Study(stage, "sw2", "sliced W2", panels, samples=True))
+    monkeypatch.setitem(
+        eval_fid.STUDIES, "tiny", eval_fid.Study(stage, "sw2", "sliced W2", panels, samples=True)
+    )
     monkeypatch.setattr(eval_fid, "RESULTS", tmp_path / "assets" / "results")
     monkeypatch.setattr(eval_fid, "RUNS", tmp_path / "runs")
     (tmp_path / "assets").mkdir()
@@ -368,11 +377,10 @@ def test_a_study_runs_what_is_missing_and_reports_it(study, tmp_path, capsys):
     assert [row["flags"] for row in rows] == ["", "--method ct", "--lr 1e15"]
     assert "not finite" in rows[2]["stopped"] or "is nan" in rows[2]["stopped"] or "inf" in rows[2]["stopped"]
     assert rows[0]["curve"][-1][0] == 3 * 64 and rows[0]["stopped"] is None
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
+    times = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
+    before = times()
     eval_fid.run_study("tiny", 1, 2)
-    assert len(before) == 2 and before == {
-        path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")
-    }
+    assert len(before) == 2 and before == times()
     eval_fid.report_study("tiny")
     assert "| too fast | 1 stopped |" in capsys.readouterr().out
     assert (tmp_path / "assets" / "tiny.png").exists()

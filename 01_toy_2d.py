@@ -190,8 +190,8 @@ def gaussian_figure(path):
     """Every loss's gradient: by the mean and by the std where d_psi is right, and by the std where it lags.
     By the mean, all but the last depend on d_psi's mean and not on g's, so that the first panel shows a lag
     too."""
-    panels = (("by the mean; $d_\\psi$ right", "mean of g and $d_\\psi$", lambda v: (v, 1, v, 1), 0),
-              ("by the std; $d_\\psi$ right", "std of g and $d_\\psi$", lambda v: (0, 1 + v / 2, 0, 1 + v / 2), 1),
+    panels = (("by the mean; $d_\\psi$ right", "mean of both", lambda v: (v, 1, v, 1), 0),
+              ("by the std; $d_\\psi$ right", "std of both", lambda v: (0, 1 + v / 2, 0, 1 + v / 2), 1),
               ("by the std; g has 0.5", "std of $d_\\psi$", lambda v: (0, 0.5, 0, 1 + v / 2), 1))
     figure = Figure(figsize=(9.6, 3.4), dpi=100, layout="constrained")
     places = torch.linspace(-1.5, 1.5, 25).tolist()

@@ -452,7 +452,8 @@ def draw_samples(study, path):
         g, t_star, meta = load_generator(folder, toy.make_denoiser)
         stopped = "" if (folder / "metrics.json").exists() else f" (stopped at {meta['step']})"
         panels.append(toy.panel(mixture, toy.few_steps(g, z, t_star, meta["segments"]), label + stopped))
-    save_picture(image_grid(torch.stack(panels), columns=4), path)
+    columns = max(n for n in range(1, 7) if len(panels) % n == 0)
+    save_picture(image_grid(torch.stack(panels), columns), path)
 
 
 def report_study(name):

@@ -281,9 +281,9 @@ def test_other_arguments_in_a_run_folder(finished, tmp_path):
     "options",
     [
         ["--method", "sid", "--sid-alpha", "1.2", "--mixture", "grid"],
-        ["--method", "di", "--mixture", "moons"],
+        pytest.param(["--method", "di", "--mixture", "moons"], marks=pytest.mark.slow),
         ["--distance", "exp", "--alpha", "4", "--beta", "0.5", "--mixture", "spiral", "--teacher", "learned"],
-        ["--distance", "huber", "--delta", "0.3", "--psi-updates", "2"],
+        pytest.param(["--distance", "huber", "--delta", "0.3", "--psi-updates", "2"], marks=pytest.mark.slow),
     ],
 )
 def test_methods_mixtures_and_teachers(options, tmp_path, capsys):

@@ -354,7 +354,7 @@ METHODS = {"SIM, Pseudo-Huber": "", "SIM, l2": "--distance l2", "SiD, alpha 1": 
            "Diff-Instruct": "--method di"}
 SETTINGS = {"nowgt, log-normal": "", "nowgt, Karras": "--p-theta karras",
             "sidwgt, log-normal": "--weight sidwgt", "sidwgt, Karras": "--weight sidwgt --p-theta karras"}
-CONSTANTS = {f"c = {c}": "" if c == 0.001 else f"--c {c}" for c in (1, 0.1, 0.01, 0.001, 0.0001)}
+CONSTANTS = {f"c = {c}": "" if c == 0.001 else f"--c {c}" for c in (1, 0.01, 0.001, 0.0001)}
 NEIGHBOURS = METHODS | {
     "DMD": "--method dmd", "ADD": "--method add", "CD": "--method cd", "iCT": "--method ct",
     "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
@@ -369,11 +369,11 @@ COLUMNS = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_m
            "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # name and format in a table
 
 
-def figure_2(usual, threefold, tenfold):
-    """The paper's Figure 2, with these flags for the preset's lr, three times that and ten times that."""
-    panels = {"the preset's learning rate": (METHODS, usual), "three times that": (METHODS, threefold),
-              "ten times that": (METHODS, tenfold), "SIM, weight and times of theta": (SETTINGS, usual),
-              "SIM, Pseudo-Huber's c": (CONSTANTS, usual)}
+def figure_2(**rates):
+    """The paper's Figure 2: METHODS with the flags of each learning rate; SIM's other settings with the first."""
+    usual = next(iter(rates.values()))
+    panels = {rate.replace("_", " "): (METHODS, flags) for rate, flags in rates.items()}
+    panels |= {"SIM: weight and times of theta": (SETTINGS, usual), "SIM: Pseudo-Huber's c": (CONSTANTS, usual)}
     return {title: {label: f"{more} {flags}".strip() for label, more in runs.items()}
             for title, (runs, flags) in panels.items()}
 
@@ -384,11 +384,10 @@ STUDIES = {
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
     "t-star": Study(*TOY, {"t*": T_STARS}, samples=True),
     "figure-2-toy": Study(*TOY, figure_2(
-        "--anneal none --steps 1500", "--anneal none --lr 0.006 --steps 1500",
-        "--anneal none --lr 0.02 --steps 1500")),
+        preset_lr="--anneal none --steps 1500", three_times_that="--anneal none --lr 0.006 --steps 1500",
+        ten_times_that="--anneal none --lr 0.02 --steps 1500")),
     "figure-2-shapes": Study(*IMAGES, figure_2(
-        "--anneal none --steps 200", "--anneal none --lr 0.0012 --steps 100",
-        "--anneal none --lr 0.004 --steps 100"))}
+        preset_lr="--anneal none --steps 200", ten_times_that="--anneal none --lr 0.004 --steps 100"))}
 
 
 def run_folder(study, flags, seed):

@@ -370,10 +370,10 @@ COLUMNS = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_m
 
 
 def figure_2(**rates):
-    """The paper's Figure 2: METHODS with the flags of each learning rate; SIM's other settings with the first."""
+    """The paper's Figure 2: METHODS with the flags of each rate, and SIM's settings with those of the first."""
     usual = next(iter(rates.values()))
     panels = {rate.replace("_", " "): (METHODS, flags) for rate, flags in rates.items()}
-    panels |= {"SIM: weight and times of theta": (SETTINGS, usual), "SIM: Pseudo-Huber's c": (CONSTANTS, usual)}
+    panels |= {"SIM: weight and times": (SETTINGS, usual), "SIM: Pseudo-Huber's c": (CONSTANTS, usual)}
     return {title: {label: f"{more} {flags}".strip() for label, more in runs.items()}
             for title, (runs, flags) in panels.items()}
 

@@ -364,13 +364,13 @@ T_STARS = {f"t* = {t}": "" if t == 2.5 else f"--t-star {t}" for t in (0.5, 2.5, 
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
 
 
-COLUMNS = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".4f"), "share_on_modes": ("on modes", ".1%"),
+COLUMNS = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
            "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
            "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # name and format in a table
 
 
 def figure_2(**rates):
-    """The paper's Figure 2: METHODS with the flags of each rate, and SIM's settings with those of the first."""
+    """The paper's Figure 2: METHODS with the flags of each rate, SIM's settings with those of the first."""
     usual = next(iter(rates.values()))
     panels = {rate.replace("_", " "): (METHODS, flags) for rate, flags in rates.items()}
     panels |= {"SIM: weight and times": (SETTINGS, usual), "SIM: Pseudo-Huber's c": (CONSTANTS, usual)}

@@ -381,9 +381,9 @@ class Neighbour:
 
 
 class CD(Neighbour):
-    """Consistency distillation (Song et al. 2023), [12] with mu = 0 and d = l2: both ends of a step of the
-    teacher's flow are to lead to one point. Multistep, mcm (Heek et al. 2024), [52]: at b, the end of their
-    segment of the time. jump(g, x, b, b) = x, which is [8]."""
+    """Consistency distillation (Song et al. 2023): |f(x_t, t) - f(x_s, s)|^2 [12], where x_s is x_t a step of
+    the teacher's flow later, and the second f is g as it is, detached. f(x, t) = jump(g, x, t, b) to the end
+    b of time, so that f(x, b) = x [8]. Multistep, mcm (Heek et al. 2024) [52]: to that of t's segment."""
     t_star = 80.0
 
     def theta(self):
@@ -397,8 +397,9 @@ class CD(Neighbour):
 
 
 class CT(Neighbour):
-    """Consistency training [27], improved (iCT, Song and Dhariwal 2024): from scratch, no EMA in the target
-    [42], Pseudo-Huber [43], ten steps that double seven times, drawn log-normally, the weight 1 / (t - s)."""
+    """Consistency training, improved (iCT, Song and Dhariwal 2024), from scratch: d(f(x_0 + t eps, t) -
+    f(x_0 + s eps, s)) / (t - s) [27], no EMA in the second f [42], d Pseudo-Huber [43]; t and s are ends of
+    one of ten steps, which double seven times, drawn log-normally."""
     t_star = 80.0
 
     def theta(self):
@@ -414,7 +415,7 @@ class CT(Neighbour):
 
 class DMD(Neighbour):
     """Distribution matching distillation (Yin et al. 2024): the gradient of the KL divergence [63], weighted,
-    and 0.25 times a regression to samples of the teacher. d_psi learns as SIM's does [66]."""
+    and 0.25 |g(z) - x|^2, x where the teacher's flow leads z. d_psi learns as SIM's does [66]."""
     def __init__(self, *given):
         super().__init__(*given)
         self.z = torch.cat([self.normal() for _ in range(10)])
@@ -431,9 +432,8 @@ class DMD(Neighbour):
 
 
 class ADD(Neighbour):
-    """Adversarial diffusion distillation (Sauer et al. 2023): a hinge GAN, and 2.5 times the distance to what
-    the teacher makes of g's samples diffused [67], detached [68]. From noise alone, without the penalty R1
-    and a weight of t."""
+    """Adversarial diffusion distillation (Sauer et al. 2023): 2.5 |g(z) - d_q(x_t, t)|^2 [67], d_q(x_t, t)
+    detached [68], and a hinge GAN. From noise alone, without the penalty R1 and a weight of t."""
     def psi(self):
         x, x_0 = self.data(), self.generate(self.normal())
         return F.relu(1 - self.logit(x)) + F.relu(1 + self.logit(x_0))
@@ -446,8 +446,8 @@ class ADD(Neighbour):
 
 
 class PaGoDA(Neighbour):
-    """PaGoDA (Kim et al. 2024), without its growing resolution: data follow the teacher's flow to noise,
-    E(x), from which g is to bring them back, and a GAN [55], whose generator minimises -log D."""
+    """PaGoDA (Kim et al. 2024), without its growing resolution: |x - g(E(x))|, where E(x) is the noise to
+    which the teacher's flow leads data x, and a GAN [55], whose generator minimises -log D(g(z))."""
     t_star = 80.0
 
     def __init__(self, *given):
@@ -613,6 +613,21 @@ def sample(args):
 
 
 # %% The command line
+def refuse_unused(parser, args):
+    """An error for a flag that --method does not read, so that nobody compares what it did not change."""
+    weighted, others = ("sim", "sid", "di"), [method for method in NEIGHBOURS if method != "ct"]
+    algorithm_2 = (*weighted, *WRONG)
+    alike = ("distance", "c", "alpha", "beta", "delta", "scale", "psi_updates")
+    readers = {"segments": ["mcm"], "sid_alpha": ["sid"], "weight": weighted,
+               "teacher": (*algorithm_2, *others), **dict.fromkeys(alike, algorithm_2),
+               **dict.fromkeys(("psi_mean", "psi_std"), (*algorithm_2, "dmd")),
+               **dict.fromkeys(("p_theta", "p_mean", "p_std"), (*algorithm_2, "dmd", "add"))}
+    for name, methods in readers.items():
+        if getattr(args, name) != parser.get_default(name) and args.method not in methods:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is not for --method {args.method}, but for {', '.join(methods)}")
+
+
 def parse(argv):
     parser = Parser(__doc__)
     parser.add_argument("--part", choices=("both", "theorem", "distil"), default="both", help="A, B or both")
@@ -629,11 +644,7 @@ def parse(argv):
                       p_mean=-1.5, p_std=1.5, psi_mean=-1.2, psi_std=1.2, psi_updates=1,
                       ema_half_life=7e4, save_every=500, n=10_000)  # measured on the ring
     args = parser.parse_args(argv)
-    scores = ("sim", "sid", "di")
-    for flag, methods in (("segments", ["mcm"]), ("weight", scores), ("distance", (*scores, *WRONG)),
-                          ("teacher", (*scores, *WRONG, *NEIGHBOURS.keys() - {"ct"}))):
-        if getattr(args, flag) != parser.get_default(flag) and args.method not in methods:
-            parser.error(f"--{flag} is for --method {', '.join(methods)}")
+    refuse_unused(parser, args)
     args.segments = args.segments or (4 if args.method == "mcm" else 1)
     args.t_star = args.t_star or NEIGHBOURS.get(args.method, Neighbour).t_star
     return args

@@ -458,6 +458,8 @@ def draw_samples(study, path):
 def report_study(name):
     """assets/results/NAME.json: a table for each panel, with the least and the greatest of the seeds; and a
     picture of the curves, unless there is one of samples."""
+    if not (RESULTS / f"{name}.json").exists():
+        raise UserError(f"{RESULTS / name}.json does not exist: --study {name} without --draw makes it")
     study, rows = STUDIES[name], read_json(RESULTS / f"{name}.json")
     keys = [key for key in COLUMNS if any(key in row for row in rows)]
     height = math.ceil(len(study.panels) / 3)
@@ -524,10 +526,10 @@ def parse(argv):
                        "assets and its numbers in assets/results")
     group.add_argument("--seeds", type=number(int), default=3, help="of every run")
     group.add_argument("--jobs", type=number(int), default=1, help="runs at once, which share the cores")
-    group.add_argument("--draw", action="store_true", help="no runs: only from assets/results")
+    group.add_argument("--draw", action="store_true", help="no runs: tables and curves from assets/results")
     args = parser.parse_args(argv)
     if (args.source is None) == (args.study is None):
-        parser.error("expected a source, or --study")
+        parser.error("expected a source or --study, and not both")
     return args
 
 

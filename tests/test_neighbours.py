@@ -316,11 +316,21 @@ def test_what_learns_and_that_a_killed_run_continues(method, tmp_path):
     assert same(parts["d_psi"], parts["d_q"]) == (method not in ("dmd", "add", "pagoda"))
 
 
-@pytest.mark.parametrize("options", [["--segments", "2"], ["--method", "cd", "--weight", "sidwgt"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--segments", "2"],
+        ["--method", "cd", "--weight", "sidwgt"],
+        ["--method", "cd", "--p-theta", "karras"],
+        ["--method", "dmd", "--distance", "l2"],
+        ["--method", "ct", "--teacher", "flow"],
+        ["--sid-alpha", "1.2"],
+    ],
+)
 def test_flags_that_a_method_does_not_take(options, capsys):
     with pytest.raises(SystemExit) as stop:
         toy.parse(options)
-    assert stop.value.code == 2 and "is for --method" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is not for --method" in capsys.readouterr().err
 
 
 def test_cells_run_in_order_as_a_notebook(monkeypatch):

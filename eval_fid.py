@@ -461,14 +461,16 @@ def report_study(name):
     if not (RESULTS / f"{name}.json").exists():
         raise UserError(f"{RESULTS / name}.json does not exist: --study {name} without --draw makes it")
     study, rows = STUDIES[name], read_json(RESULTS / f"{name}.json")
-    keys = [key for key in COLUMNS if any(key in row for row in rows)]
-    height = math.ceil(len(study.panels) / 3)
-    figure = Figure(figsize=(15, 4.4 * height), dpi=80, layout="constrained")
+    costs = () if study.samples else ("evaluations", "seconds")  # the same in all runs beside curves
+    keys = [key for key in COLUMNS if key not in costs and any(key in row for row in rows)]
+    across, first = math.ceil(len(study.panels) / 2), rows[0]["curve"][1][0]
+    figure = Figure(figsize=(5 * across, 8.8), dpi=80, layout="constrained")
     for i, (title, panel) in enumerate(study.panels.items(), 1):
         print("", " | ".join([f"| {title}", *[COLUMNS[key][0] for key in keys]]) + " |", sep="\n")
         print("|---" * (len(keys) + 1) + "|")
-        axes = figure.add_subplot(height, 3, i, title=title, xlabel="samples seen", ylabel=study.name)
-        axes.set(xscale="symlog", yscale="log")
+        axes = figure.add_subplot(2, across, i, title=title, xlabel="samples seen", ylabel=study.name)
+        axes.set_xscale("symlog", linthresh=first)
+        axes.set_yscale("log")
         for label, flags in panel.items():
             runs = [row for row in rows if row["flags"] == flags]
             if not runs:

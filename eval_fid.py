@@ -360,7 +360,7 @@ NEIGHBOURS = METHODS | {
     "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
 WRONG = {"SIM": "", "d' detached": "--method d_prime_detached", "d_q detached": "--method d_q_detached",
          "d(y) back-propagated": "--method d_backpropagated"}
-T_STARS = {f"t* = {t}": "" if t == 2.5 else f"--t-star {t}" for t in (0.5, 2.5, 20)}
+T_STARS = {f"t* = {t}": "" if t == 2.5 else f"--t-star {t}" for t in (0.05, 0.5, 2.5, 20)}
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
 
 

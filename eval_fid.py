@@ -5,6 +5,7 @@
     python eval_fid.py sid.pt --t-star 2.5 --trials 3          FID-50k of a published one-step generator
     python eval_fid.py images/ others/                         two folders of PNGs; .npz files do as well
     python eval_fid.py images/ --stats images.npz              reference statistics, for later
+    python eval_fid.py --study neighbours --jobs 2             many runs of a stage, as tables and pictures
     torchrun --standalone --nproc_per_node=8 -- eval_fid.py sid.pt --n 10000
 
 FID is a distance in the features of one Inception network (NVIDIA's TorchScript translation). In any other

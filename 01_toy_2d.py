@@ -209,8 +209,7 @@ def gaussian_figure(path):
 
 # %% B. Distillation
 class FlowPrecond(nn.Module):
-    """A rectified flow as a denoiser: EDMPrecond's net(x_t, t), of a velocity model(x (B, D), tau (B,) or
-    (1,)).
+    """A rectified flow as a denoiser: net(x_t, t) as EDMPrecond's, of a velocity model(x (B, D), tau (B,)).
 
     At x = (1 - tau) x_0 + tau eps the flow learns v = E[eps - x_0 | x] (Liu et al. 2022, (1)). Since x_0 =
     x - tau (eps - x_0), the denoiser is x - tau v, exactly; x_t = x / (1 - tau), t = tau / (1 - tau)."""

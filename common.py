@@ -152,7 +152,7 @@ def nowgt(x_0, q):
 
 
 def sidwgt(x_0, q):
-    """SiD's, (B.11) for denoisers: over the mean of |x_0 - q|, without gradient. -> (B,)"""
+    """SiD's, (B.11) for denoisers: 1 over the mean of |x_0 - q|, without gradient. -> (B,)"""
     return 1 / (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # 1e-5: SiD's code
 
 

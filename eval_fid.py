@@ -339,8 +339,8 @@ def metrics(a, b, features):
 # ---- Studies: runs of the other stages by their own commands, what came out, and pictures of it ----
 @dataclass
 class Study:
-    """Runs of a stage: panels {title: {label: flags}}. What is judged is a key of its log.jsonl, called
-    `name`; samples asks for a picture of those besides the curves."""
+    """Runs of a stage: panels {title: {label: flags}}. They are judged by a key of log.jsonl, called `name`,
+    and drawn as its curves or, with `samples`, as what they generate."""
     stage: str
     key: str
     name: str
@@ -363,11 +363,9 @@ WRONG = {"SIM": "", "d' detached": "--method d_prime_detached", "d_q detached": 
          "d(y) back-propagated": "--method d_backpropagated"}
 T_STARS = {f"t* = {t}": "" if t == 2.5 else f"--t-star {t}" for t in (0.05, 0.5, 2.5, 20)}
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned", "rectified flow": "--teacher flow"}
-
-
 COLUMNS = {"fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
            "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
-           "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # name and format in a table
+           "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}  # of a table: name, format
 
 
 def figure_2(**rates):
@@ -457,31 +455,39 @@ def draw_samples(study, path):
 
 
 def report_study(name):
-    """assets/results/NAME.json: a table for each panel, with the least and the greatest of the seeds; and a
-    picture of the curves, unless there is one of samples."""
-    if not (RESULTS / f"{name}.json").exists():
-        raise UserError(f"{RESULTS / name}.json does not exist: --study {name} without --draw makes it")
-    study, rows = STUDIES[name], read_json(RESULTS / f"{name}.json")
-    costs = () if study.samples else ("evaluations", "seconds")  # the same in all runs beside curves
+    """assets/results/NAME.json as tables, one a panel, from the least to the greatest of the seeds; and as
+    curves, unless there is a picture of samples. UserError if it lacks a run."""
+    study, path = STUDIES[name], RESULTS / f"{name}.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --study {name} without --draw makes it")
+    rows = read_json(path)
+    runs = {flags: [row for row in rows if row["flags"] == flags] for flags in {row["flags"] for row in rows}}
+    if missing := {flags for panel in study.panels.values() for flags in panel.values()} - runs.keys():
+        raise UserError(f"{path} has no run of {min(missing)!r}: --study {name} makes it anew")
+    costs = () if study.samples else ("evaluations", "seconds")  # curves compare quality alone
     keys = [key for key in COLUMNS if key not in costs and any(key in row for row in rows)]
-    across, first = math.ceil(len(study.panels) / 2), rows[0]["curve"][1][0]
-    figure = Figure(figsize=(5 * across, 8.8), dpi=80, layout="constrained")
-    for i, (title, panel) in enumerate(study.panels.items(), 1):
+    for title, panel in study.panels.items():
         print("", " | ".join([f"| {title}", *[COLUMNS[key][0] for key in keys]]) + " |", sep="\n")
         print("|---" * (len(keys) + 1) + "|")
-        axes = figure.add_subplot(2, across, i, title=title, xlabel="samples seen", ylabel=study.name)
-        axes.set_xscale("symlog", linthresh=first)
-        axes.set_yscale("log")
         for label, flags in panel.items():
-            runs = [row for row in rows if row["flags"] == flags]
-            if not runs:
-                raise UserError(f"{RESULTS / name}.json has no {label!r}: --study {name} makes it anew")
-            print(" | ".join([f"| {label}", *[extremes(runs, key) for key in keys]]) + " |")
-            draw_curves(axes, label, [np.array(run["curve"]) for run in runs])
-        axes.legend(frameon=False, fontsize=8)
+            print(" | ".join([f"| {label}", *[extremes(runs[flags], key) for key in keys]]) + " |")
     if not study.samples:
-        with atomic(RESULTS.parent / f"{name}.png") as temporary:
-            figure.savefig(temporary)
+        draw_study(study, runs, RESULTS.parent / f"{name}.png")
+
+
+def draw_study(study, runs, path):
+    """The curves of runs {flags: rows}, a panel of the study in each axes."""
+    across = math.ceil(len(study.panels) / 2)
+    figure = Figure(figsize=(5 * across, 8.8), dpi=80, layout="constrained")
+    for i, (title, panel) in enumerate(study.panels.items(), 1):
+        axes = figure.add_subplot(2, across, i, title=title, xlabel="samples seen", ylabel=study.name)
+        for label, flags in panel.items():
+            draw_curves(axes, label, [np.array(run["curve"]) for run in runs[flags]])
+        axes.set_xscale("symlog", linthresh=runs[flags][0]["curve"][1][0])  # 0 samples, too, have their place
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary)
 
 
 def extremes(runs, key):

@@ -1,51 +1,67 @@
-"""What every stage shares: first the paper, then networks, then what a training run needs.
+"""What the three stages share: the paper first, then the run kit, which a first reading can skip.
 
-The notation is the paper's (arXiv 2410.16794v1, equation numbers in brackets): g is the one-step generator,
-d_psi the online denoiser that follows it, d_q the frozen teacher, x_t = x_0 + t eps; `d` alone is a distance.
-Shapes: data x is (B, ...) of any rank; a time t is (B, 1, ..., 1), to broadcast against x; a loss is (B,).
-A denoiser is a callable (x_t, t) -> denoised, of x_t's shape, its conditions (class, prompt) closed over.
+The notation is the paper's (arXiv 2410.16794v1, equation numbers in brackets): g is the one-step
+generator, d_q the frozen teacher, d_psi the online denoiser that follows g, x_t = x_0 + t eps and
+y_t = d_psi(x_t, t) - d_q(x_t, t). The letter d alone is a distance. Shapes: data x is (B, ...) of
+any rank; a time t is (B, 1, ..., 1), to broadcast against x; a loss is (B,). A denoiser is any
+function (x_t, t) -> denoised of x_t's shape; a class or a caption is already bound to the denoiser.
 """
 import argparse
-import copy
-import fcntl
 import functools
 import hashlib
 import inspect
 import json
 import math
 import os
-import pickle
-import resource
+import re
 import signal
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from http.client import HTTPException
 from pathlib import Path
+
+# Two OpenMP threads that wait for each other spin, and a spinning thread that has lost its core to
+# another program stalls every small operation. A short spin costs an idle machine a few percent and
+# saves a busy one a factor of ten. OpenMP reads this when torch is loaded, so torch comes after.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows, where sampling and evaluation work
+    fcntl = None
 
-# ---- Distances between scores: Table 4 and A.3, with their misprints mended (README) ----
+
+class UserError(ValueError, argparse.ArgumentTypeError):  # which argparse shows as it is
+    """A mistake that the user can mend: what was wrong, what was expected, what to do."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+# ==== The paper ====
+
+# ---- Distances between scores: Table 4 and A.3, with their misprints corrected (lab/PAPER.md) ----
 @dataclass(frozen=True)
 class Distance:
-    """A proper distance of (3.3) and its gradient: y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...)."""
+    """A distance d of (3.3) and its gradient d': y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...).
+
+    To add your own, write a function below that returns a Distance, and name the function in
+    DISTANCES. Its arguments become parameters: --distance NAME,argument=value."""
     d: Callable
     d_prime: Callable
 
@@ -56,28 +72,23 @@ def batch_sum(v):
 
 
 def expand_as(s, y):
-    """One number per sample, (B,) -> (B, 1, ..., 1), to broadcast against y (B, ...)."""
+    """One number for each sample, (B,) -> (B, 1, ..., 1), to broadcast against y (B, ...)."""
     return s.reshape(-1, *[1] * (y.ndim - 1))
 
 
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
 def l2():
-    """|y|^2, squared as in Table 4. With it SIM is SiD at alpha = 1, but for SiD's weight."""
+    """|y|^2. SIM with this distance is SiD at alpha = 1, apart from SiD's weight."""
     return Distance(lambda y: batch_sum(y**2), lambda y: 2 * y)
 
 
 def power(alpha=4):
-    """|y|_alpha^alpha. ValueError unless alpha is even and at least 2."""
-    require(alpha >= 2 and alpha % 2 == 0, f"alpha must be an even integer >= 2 (section 3.3), got {alpha}")
+    """The sum of y_i^alpha. UserError unless alpha is even and at least 2 (section 3.3)."""
+    require(alpha >= 2 and alpha % 2 == 0, f"alpha must be an even number >= 2, got {alpha}")
     return Distance(lambda y: batch_sum(y**alpha), lambda y: alpha * y**(alpha - 1))
 
 
 def exp(alpha=2, beta=0.1):
-    """exp(beta |y|_alpha^alpha) - 1. ValueError unless beta > 0 and alpha is even and at least 2."""
+    """exp(beta sum of y_i^alpha) - 1. UserError unless beta > 0 and alpha is as in power."""
     require(0 < beta < math.inf, f"beta must be a positive number, got {beta}")
     inner = power(alpha)
     return Distance(lambda y: torch.expm1(beta * inner.d(y)),
@@ -85,29 +96,33 @@ def exp(alpha=2, beta=0.1):
 
 
 def l1():
-    """|y|_1, the row of Table 4 that is wrong under autograd: the jump of sign(y) is lost (01, part A)."""
+    """The sum of |y_i|, the row of Table 4 that is wrong under autograd: the theorem needs the jump
+    of sign(y) at 0, and autograd takes the derivative of the jump to be 0 (stage 1, part A)."""
     return Distance(lambda y: batch_sum(y.abs()), torch.sign)
 
 
 def smoothl1(scale=0.5):
-    """sum_i sqrt(y_i^2 + scale^2) - scale: l1 without the jump, and exact. ValueError unless scale > 0."""
+    """The sum of sqrt(y_i^2 + scale^2) - scale: l1 without the jump, and exact. UserError unless
+    scale > 0. d is written as a quotient, which is the same number without cancellation near 0."""
     require(0 < scale < math.inf, f"scale must be a positive number, got {scale}")
-    return Distance(lambda y: batch_sum(y**2 / ((y**2 + scale**2).sqrt() + scale)),  # as in phuber
+    return Distance(lambda y: batch_sum(y**2 / ((y**2 + scale**2).sqrt() + scale)),
                     lambda y: y / (y**2 + scale**2).sqrt())
 
 
 def huber(delta=1.0):
-    """sum_i y_i^2 / 2 where |y_i| <= delta, else delta (|y_i| - delta / 2). ValueError unless delta > 0."""
+    """The sum of y_i^2 / 2 where |y_i| <= delta, and of delta (|y_i| - delta / 2) elsewhere.
+    UserError unless delta > 0."""
     require(0 < delta < math.inf, f"delta must be a positive number, got {delta}")
     return Distance(lambda y: batch_sum(F.huber_loss(y, torch.zeros_like(y), "none", delta)),
                     lambda y: y.clamp(-delta, delta))
 
 
 def phuber(c=0.001):
-    """Pseudo-Huber, sqrt(|y|^2 + c^2) - c, |y| over the whole sample (3.8). ValueError unless c > 0.
+    """Pseudo-Huber (3.8), sqrt(|y|^2 + c^2) - c, where |y| is the norm of the whole sample.
+    UserError unless c > 0.
 
-    c is not in the paper; 0.001 is its authors' answer (maple-research-lab/SIM, issue 5). d is computed as
-    |y|^2 / (sqrt(|y|^2 + c^2) + c), which is the same without cancellation near y = 0."""
+    The paper does not say what c is; 0.001 is "a common value", says an answer in issue 5 of
+    maple-research-lab/SIM. d is written as a quotient for the reason in smoothl1."""
     require(0 < c < math.inf, f"c must be a positive number, got {c}")
     norm = lambda y: (batch_sum(y**2) + c**2).sqrt()
     return Distance(lambda y: batch_sum(y**2) / (norm(y) + c), lambda y: y / expand_as(norm(y), y))
@@ -116,93 +131,115 @@ def phuber(c=0.001):
 DISTANCES = {f.__name__: f for f in (l2, power, exp, l1, smoothl1, huber, phuber)}
 
 
-# ---- Times and weight: B.2, B.3. shape is an int or a tuple; `where` is device= and generator= ----
+def parse_distance(text):
+    """"phuber" or "phuber,c=0.01" -> the text with every parameter written out, and the Distance.
+    UserError for an unknown name or parameter, or a value that the distance cannot take."""
+    name, *pairs = text.split(",")
+    require(name in DISTANCES, f"{name!r} is no distance: expected {', '.join(DISTANCES)}")
+    takes = inspect.signature(DISTANCES[name]).parameters
+    settings = {key: parameter.default for key, parameter in takes.items()}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        require(key in takes, f"{name} takes {', '.join(takes) or 'no parameter'}, no {key!r}")
+        with reading(f"{name}'s {key}={value}", "a number"):
+            settings[key] = float(value)
+    full = ",".join([name, *[f"{key}={value:.10g}" for key, value in settings.items()]])
+    return full, DISTANCES[name](**settings)
+
+
+# ---- Noise levels and weights: B.2 and B.3. `where` stands for device= and generator= ----
 def p_edm(shape, mean=-1.2, std=1.2, t_min=0.0, t_max=math.inf, truncate="clamp", **where):
-    """Log-normal times t = exp(N(mean, std^2)), (B.5)-(B.6). B.3 truncates them without saying how: "clamp"
-    moves what falls outside [t_min, t_max] to its ends, "resample" draws it again."""
+    """Log-normal noise levels t = exp(mean + std N(0, 1)). psi's are (B.5)-(B.6), of mean -1.2 and
+    std 1.2; theta's are (B.9)-(B.10), of mean -3.5 and std 2.5.
+
+    B.3 restricts t to [t_min, t_max] without saying how: "clamp" moves a t outside to the nearer
+    end, "resample" draws a new one. UserError unless 0 <= t_min < t_max."""
     require(0 <= t_min < t_max, f"expected 0 <= t_min < t_max, got {t_min} and {t_max}")
-    require(truncate in ("clamp", "resample"), f"truncate is clamp or resample, got {truncate}")
     t = torch.exp(mean + std * torch.randn(shape, **where))
     while truncate == "resample" and (outside := (t < t_min) | (t > t_max)).any():
         t[outside] = torch.exp(mean + std * torch.randn(int(outside.sum()), **where))
     return t.clamp(t_min, t_max)
 
 
-def p_sim(shape, mean=-3.5, std=2.5, **options):
-    """The paper's times for the generator, (B.9)-(B.10). A third of them lie below t = 0.01."""
-    return p_edm(shape, mean, std, **options)
-
-
 def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
-    """SiD's times for the generator, t in [0.002, 24.41]: the sampler's schedule at r ~ U[0, r_max], as SiD's
-    code has it; (B.8) prints another range."""
+    """SiD's noise levels for theta: the sampler's schedule at a random place r ~ U[0, r_max]. As in
+    SiD's code, where t is in [0.002, 24.4]; (B.8) prints another range."""
     r = r_max * torch.rand(shape, **where)
     return (sigma_max**(1 / rho) + (1 - r) * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
 
 
 def lambda_edm(t, sigma_data=0.5):
-    """EDM's weight (t^2 + sigma_data^2) / (t sigma_data)^2, (B.7)."""
+    """EDM's weight of the denoising loss, (t^2 + sigma_data^2) / (t sigma_data)^2, (B.7)."""
     return (t**2 + sigma_data**2) / (t * sigma_data)**2
 
 
-# ---- Weights of g's loss, at x_0 and q = d_q(x_t, t), by their names in Figure 2 ----
 def nowgt(x_0, q):
-    """SIM's: 1 at all times, (B.13)."""
+    """SIM's weight of the generator's loss, 1 at every noise level (B.13). Figure 2's name."""
     return 1.0
 
 
 def sidwgt(x_0, q):
-    """SiD's, (B.11) for denoisers: 1 over the mean of |x_0 - q|, without gradient. -> (B,)"""
-    return 1 / (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # 1e-5: SiD's code
+    """SiD's weight, (B.11) for denoisers: 1 over the mean of |x_0 - q|, no gradient. -> (B,)"""
+    return 1 / (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # SiD's code
 
 
 WEIGHTS = {f.__name__: f for f in (nowgt, sidwgt)}
 
 
-# ---- Losses. Which weights are frozen is the caller's business (train_only); SIM detaches nothing ----
+# ---- Losses. They detach nothing: whose weights are frozen is decided by train_only ----
 def diffuse(x_0, t, eps=None):
-    """x_t; eps of x_0's shape, fresh noise unless given."""
+    """x_t of x_0's shape; eps is fresh standard normal noise unless given."""
     return x_0 + t * (torch.randn_like(x_0) if eps is None else eps)  # (B.12)
 
 
 def dsm_loss(d_psi, x_0, t, eps=None, weight=lambda_edm):
-    """Denoising score matching, (B.2): teaches d_psi the denoiser of whatever x_0 is drawn from. -> (B,)"""
+    """Denoising score matching, (B.2): d_psi learns to denoise what x_0 is drawn from. -> (B,)"""
     return batch_sum(weight(t) * (d_psi(diffuse(x_0, t, eps), t) - x_0)**2)
 
 
 def sim_loss(d_psi, d_q, x_0, t, distance, eps=None, weight=nowgt):
-    """Score Implicit Matching, (3.7) in denoiser form. -> (loss (B,), y_t (B, ...) detached)
+    """Score Implicit Matching, (3.7) for denoisers. -> loss (B,); y_t (B, ...) detached, to log
 
-    The gradient flows from x_0 through x_t into both networks. The value is about 0 at all times (the
-    score-projection identity, A.1): what falls is E d(y_t), the estimate of (3.3)."""
+    The gradient flows from x_0 through x_t into both networks. The value of the loss is about 0 at
+    all times (the score-projection identity, A.1); E d(y_t), the estimate of (3.3), falls."""
     x_t = diffuse(x_0, t, eps)
-    f, q = d_psi(x_t, t), d_q(x_t, t)
-    y_t = f - q
-    return -weight(x_0, q) * batch_sum(distance.d_prime(y_t) * (f - x_0)), y_t.detach()  # (B.13)
+    student, teacher = d_psi(x_t, t), d_q(x_t, t)
+    y_t = student - teacher
+    loss = -batch_sum(distance.d_prime(y_t) * (student - x_0))  # (B.13)
+    return weight(x_0, teacher) * loss, y_t.detach()
 
 
 def sid_loss(d_psi, d_q, x_0, t, alpha, eps=None, weight=sidwgt):
-    """SiD (Zhou et al. 2024), as its code has it: half of SIM's l2, plus (1 - alpha) |y|^2, with the weight
-    (B.11). -> (loss (B,), y_t detached)"""
+    """SiD (Zhou et al. 2024) as its code has it: half of SIM's loss for l2, plus (1 - alpha) |y|^2,
+    with the weight (B.11). -> loss (B,); y_t detached"""
     x_t = diffuse(x_0, t, eps)
-    f, q = d_psi(x_t, t), d_q(x_t, t)
-    y_t = f - q
-    loss = -batch_sum(y_t * (f - x_0)) + (1 - alpha) * batch_sum(y_t**2)
-    return weight(x_0, q) * loss, y_t.detach()
+    student, teacher = d_psi(x_t, t), d_q(x_t, t)
+    y_t = student - teacher
+    loss = -batch_sum(y_t * (student - x_0)) + (1 - alpha) * batch_sum(y_t**2)
+    return weight(x_0, teacher) * loss, y_t.detach()
 
 
 def di_loss(d_psi, d_q, x_0, t, eps=None, weight=nowgt):
-    """Diff-Instruct (Luo et al. 2023), the gradient of the KL divergence: nothing flows through the networks.
-    -> (loss (B,), y_t detached)"""
+    """Diff-Instruct (Luo et al. 2023), the gradient of the KL divergence: no gradient flows through
+    the networks. -> loss (B,); y_t detached"""
     with torch.no_grad():
         x_t = diffuse(x_0, t, eps)
-        q = d_q(x_t, t)
-        y_t = d_psi(x_t, t) - q
-    return weight(x_0, q) * batch_sum(y_t * x_0), y_t
+        teacher = d_q(x_t, t)
+        y_t = d_psi(x_t, t) - teacher
+    return weight(x_0, teacher) * batch_sum(y_t * x_0), y_t
 
 
+def make_generator_loss(args, distance):
+    """--method and --weight -> a function (d_psi, d_q, x_0, t, eps=None) -> loss (B,), y_t."""
+    if args.distance == "l1":
+        print("warning: l1 is wrong under autograd (see 01_toy_2d.py, part A); smoothl1 is exact")
+    loss = {"sim": functools.partial(sim_loss, distance=distance), "di": di_loss,
+            "sid": functools.partial(sid_loss, alpha=args.sid_alpha)}[args.method]
+    return functools.partial(loss, weight=WEIGHTS[args.weight]) if args.weight else loss
+
+
+# ---- Samplers ----
 def sampling_times(num_steps, sigma_min=0.002, sigma_max=80, rho=7):
-    """A sampler's falling times and a last 0, as floats: Karras et al. 2022, (5)."""
+    """A sampler's falling noise levels, and a last 0, as floats: Karras et al. 2022, (5)."""
     step = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     t = (sigma_max**(1 / rho) + step * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
     return [*t.tolist(), 0.0]
@@ -210,50 +247,52 @@ def sampling_times(num_steps, sigma_min=0.002, sigma_max=80, rho=7):
 
 @torch.no_grad()
 def heun(denoise, x, times):
-    """Follow the probability flow from x (B, ...) along times, falling or rising, numbers or (B, 1, ..., 1):
-    Karras et al. 2022, Algorithm 2 without churn, two evaluations of denoise a step, one for a step to 0.
-    In float64 where the device has it; denoise sees x's dtype."""
+    """Follow the probability flow from x (B, ...) along times, falling or rising, numbers or
+    (B, 1, ..., 1): Karras et al. 2022, Algorithm 2 without churn. Two evaluations of denoise for a
+    step, one for a step to 0. In float64 where the device has it; denoise sees x's dtype."""
     dtype, shape = x.dtype, (len(x), *[1] * (x.ndim - 1))
 
     def slope(x, t):  # dx/dt
-        return (x - denoise(x.to(dtype), torch.as_tensor(t, dtype=dtype, device=x.device).expand(shape))) / t
+        t_full = torch.as_tensor(t, dtype=dtype, device=x.device).expand(shape)
+        return (x - denoise(x.to(dtype), t_full)) / t
 
     x = x if x.device.type == "mps" else x.double()
     for t_cur, t_next in zip(times, times[1:]):
         d_cur = slope(x, t_cur)
         x_next = x + (t_next - t_cur) * d_cur
-        if torch.as_tensor(t_next).all():  # the second order, which has no slope to look up at t = 0
+        if torch.as_tensor(t_next).all():  # the second order; at t = 0 there is no slope
             x_next = x + (t_next - t_cur) * (d_cur + slope(x_next, t_next)) / 2
         x = x_next
     return x.to(dtype)
 
 
 def edm_sampler(denoise, z, num_steps=18, **span):
-    """z (B, ...), standard normal, to samples by Heun's method: 2 num_steps - 1 evaluations of denoise."""
+    """Standard normal z (B, ...) -> samples, by 2 num_steps - 1 evaluations of denoise."""
     times = sampling_times(num_steps, **span)
     return heun(denoise, times[0] * z, times)
 
 
 @torch.no_grad()
 def dpm_solver(denoise, z, num_steps=14, **span):
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) in EDM's form, where alpha = 1 and lambda = -log t:
-    num_steps evaluations of denoise, each step led by the last two. z (B, ...) is standard normal."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) in EDM's form, where alpha = 1 and lambda =
+    -log t. Standard normal z (B, ...) -> samples, by num_steps evaluations of denoise."""
     t = sampling_times(num_steps, **span)
     x, d_last = t[0] * z, None
     for i in range(num_steps):
-        d = ahead = denoise(x, z.new_full((len(z), *[1] * (z.ndim - 1)), t[i]))
+        d = extrapolated = denoise(x, z.new_full((len(z), *[1] * (z.ndim - 1)), t[i]))
         if 0 < i < num_steps - 1:
             r = math.log(t[i - 1] / t[i]) / math.log(t[i] / t[i + 1])
-            ahead = d + (d - d_last) / (2 * r)
-        x, d_last = ahead + t[i + 1] / t[i] * (x - ahead), d
+            extrapolated = d + (d - d_last) / (2 * r)
+        x, d_last = extrapolated + t[i + 1] / t[i] * (x - extrapolated), d
     return x
 
 
-# ---- Networks ----
+# ---- The denoiser, and the generator ----
 class EDMPrecond(nn.Module):
-    """EDM's preconditioning (Karras et al. 2022, Table 1) of model(x (B, ...), c_noise (B,) or (1,), **cond).
+    """EDM's preconditioning (Karras et al. 2022, Table 1) of model(x, c_noise, *conditions).
 
-    net(x, t), t a number, (B,) or (B, 1, ..., 1) -> denoised x. net(z, t_star) is the generator, (B.4)."""
+    net(x (B, ...), t) is a denoiser, t a number, (B,) or (B, 1, ..., 1); the same net(z, t_star) is
+    the generator, (B.4). The model's c_noise is (B,), or (1,) where t is one number."""
     def __init__(self, model, sigma_data=0.5):
         super().__init__()
         self.model, self.sigma_data = model, sigma_data
@@ -261,514 +300,157 @@ class EDMPrecond(nn.Module):
     def forward(self, x, t, *cond, **named_cond):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
         var = t**2 + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / var, t * self.sigma_data / var.sqrt(), 1 / var.sqrt()
-        return c_skip * x + c_out * self.model(c_in * x, t.flatten().log() / 4, *cond, **named_cond)
+        c_skip, c_in = self.sigma_data**2 / var, 1 / var.sqrt()
+        c_out, c_noise = t * self.sigma_data / var.sqrt(), t.flatten().log() / 4
+        return c_skip * x + c_out * self.model(c_in * x, c_noise, *cond, **named_cond)
 
 
-class MLP(nn.Module):
-    """A perceptron on x, c_noise and cosines and sines of both: x (B, dim), c_noise (B,) or (1,) -> (B, dim).
-    Without the waves of x it is too smooth to see the fine structure of its own samples."""
-    def __init__(self, dim=2, width=64, depth=4, waves=16):
-        super().__init__()
-        sizes = [dim + 2 * waves * (dim + 1)] + [width] * depth
-        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
-        self.register_buffer("frequencies", math.pi * torch.linspace(0.25, 4, waves))
-
-    def forward(self, x, c_noise):
-        inputs = torch.cat([x, c_noise[:, None].expand(len(x), 1)], dim=1)  # (B, dim + 1)
-        angles = (inputs[:, :, None] * self.frequencies).flatten(1)  # (B, (dim + 1) waves)
-        return self.layers(torch.cat([x, angles.cos(), angles.sin()], dim=1))
+# ---- The distance of two sets of features ----
+def moments(features):
+    """features (N, D) -> their mean (D,) and covariance (D, D) over N - 1, in float64."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
 
 
-class Waves(nn.Module):
-    """c_noise (B,) -> (B, channels): sines, then cosines. Fixed frequencies (DDPM's positional embedding), or
-    random ones in a buffer (NCSN++'s Fourier features, of scale 16)."""
-    def __init__(self, channels, fourier):
-        super().__init__()
-        self.half = channels // 2
-        self.register_buffer("freqs", 16 * torch.randn(self.half) if fourier else None)
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), Heusel et al. 2017, (6), of
+    means (D,) and covariances (D, D), in float64. UserError for moments that do not fit together.
 
-    def forward(self, c_noise):
-        steps = torch.arange(self.half, dtype=c_noise.dtype, device=c_noise.device) / (self.half - 1)
-        freqs = 1e-4**steps if self.freqs is None else 2 * math.pi * self.freqs
-        angles = torch.outer(c_noise, freqs)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class Conv(nn.Conv2d):
-    """A convolution of x (B, C, H, W) that may halve ("down") or double ("up") the resolution with the
-    separable filter `taps`: before it or, fused, in one with it, so that nothing is padded between."""
-    def __init__(self, c_in, c_out, kernel, gain=1.0, resample=None, taps=(1, 1), fused=False):
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
-        nn.init.xavier_uniform_(self.weight, gain)
-        nn.init.zeros_(self.bias)
-        self.resample, self.fused = resample, fused
-        if resample:
-            taps = torch.tensor(taps, dtype=torch.float32)
-            self.register_buffer("resample_filter", (torch.outer(taps, taps) / taps.sum()**2)[None, None])
-
-    def change_resolution(self, x, padded=True):
-        k, c = self.resample_filter.shape[-1], x.shape[1]
-        if k == 2:  # a box: the same, several times faster
-            return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2)
-        taps, options = self.resample_filter.expand(c, 1, k, k), {"stride": 2, "groups": c}
-        if self.resample == "up":
-            return F.conv_transpose2d(x, 4 * taps, padding=k // 2 - 1, **options)
-        return F.conv2d(x, taps, padding=k // 2 - 1 if padded else 0, **options)
-
-    def forward(self, x):
-        if self.fused:
-            wide = self.padding[0] + self.resample_filter.shape[-1] // 2 - 1
-            x = self.change_resolution(F.conv2d(x, self.weight, padding=wide), padded=False)
-            return x + self.bias[:, None, None]
-        return super().forward(self.change_resolution(x) if self.resample else x)
+    With sigma1 = r r^T the trace of the root is the sum of the roots of the eigenvalues of
+    r^T sigma2 r, which is symmetric: no square root of a matrix is needed."""
+    mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
+    require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == (*mu1.shape, *mu1.shape),
+            f"a Frechet distance of {len(mu1)} and {len(mu2)} features: expected as many")
+    require(all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)),
+            "a Frechet distance of moments that are not finite: expected finite features")
+    values, vectors = torch.linalg.eigh(sigma1)
+    r = vectors * values.clamp(min=0).sqrt()
+    trace_of_root = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp(min=0).sqrt().sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root
+    require(distance >= -1e-4 * (sigma1.trace() + sigma2.trace()),
+            f"the Frechet distance is {distance:.4g}: expected covariances of features")
+    return max(distance.item(), 0.0)
 
 
-def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-class Block(nn.Module):
-    """A residual block and, where asked, one head of self-attention: x (B, c_in, H, W), emb (B, c_emb)."""
-    def __init__(self, c_in, c_out, c_emb, dropout, attention=False, resample=None, taps=(1, 1)):
-        super().__init__()
-        self.dropout, self.attention = dropout, attention
-        self.norm0, self.conv0 = group_norm(c_in), Conv(c_in, c_out, 3, 1, resample, taps)
-        self.affine = nn.Linear(c_emb, c_out)
-        self.norm1, self.conv1 = group_norm(c_out), Conv(c_out, c_out, 3, 1e-5)  # at first nearly identity
-        self.skip = Conv(c_in, c_out, 1, 1, resample, taps) if resample or c_in != c_out else nn.Identity()
-        if attention:
-            self.norm2 = group_norm(c_out)
-            self.qkv, self.proj = Conv(c_out, 3 * c_out, 1, 0.2**0.5), Conv(c_out, c_out, 1, 1e-5)
-
-    def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (self.skip(x) + h) * 0.5**0.5  # keeps the variance, as does the next line
-        return (x + self.attend(x)) * 0.5**0.5 if self.attention else x
-
-    def attend(self, x):
-        q, k, v = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
-        a = F.scaled_dot_product_attention(q, k, v)  # scale 1 / sqrt(c)
-        return self.proj(rearrange(a, "b 1 (h w) c -> b c h w", h=x.shape[2]))
-
-
-class SongUNet(nn.Module):
-    """The U-Net of Song et al. (2021): DDPM++ as EDM has it by default, NCSN++ with embedding_type "fourier",
-    encoder_type "residual", resample_filter (1, 3, 3, 1), channel_mult_noise 2. EDM's names for everything.
-
-    x (B, C, H, W), c_noise (B,) or (1,), labels (B, label_dim) one-hot, (B, augment_dim) or None for none."""
-    def __init__(self, img_resolution, img_channels=3, label_dim=0, augment_dim=0, model_channels=128,
-                 channel_mult=(2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,),
-                 dropout=0.1, label_dropout=0.0, embedding_type="positional", channel_mult_noise=1,
-                 encoder_type="standard", resample_filter=(1, 1)):
-        super().__init__()
-        self.label_dropout = label_dropout
-        c, c_noise, c_emb = [model_channels * m for m in (1, channel_mult_noise, channel_mult_emb)]
-        self.map_noise = Waves(c_noise, fourier=embedding_type == "fourier")
-        self.map_label = nn.Linear(label_dim, c_noise) if label_dim else None
-        self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
-        self.map_layer0, self.map_layer1 = nn.Linear(c_noise, c_emb), nn.Linear(c_emb, c_emb)
-
-        block = functools.partial(Block, c_emb=c_emb, dropout=dropout, taps=resample_filter)
-        levels = [(img_resolution >> i, model_channels * m) for i, m in enumerate(channel_mult)]
-        layers = {f"{img_resolution}x{img_resolution}_conv": Conv(img_channels, c, 3)}
-        skips, c_aux = [c], img_channels
-        for size, c_out in levels:
-            if size < img_resolution:
-                layers[f"{size}x{size}_down"] = block(c, c, resample="down")
-                skips.append(c)
-                if encoder_type == "residual":
-                    aux, c_aux = Conv(c_aux, c, 3, 1, "down", resample_filter, fused=True), c
-                    layers[f"{size}x{size}_aux_residual"] = aux
-            for i in range(num_blocks):
-                layers[f"{size}x{size}_block{i}"] = block(c, c_out, attention=size in attn_resolutions)
-                skips.append(c := c_out)
-        self.enc = nn.ModuleDict(layers)
-
-        layers = {f"{size}x{size}_in{i}": block(c, c, attention=i == 0) for i in range(2)}
-        for size, c_out in reversed(levels):
-            if size < levels[-1][0] or len(layers) > 2:
-                layers[f"{size}x{size}_up"] = block(c, c, resample="up")
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and size in attn_resolutions
-                layers[f"{size}x{size}_block{i}"] = block(c + skips.pop(), c_out, attention=attention)
-                c = c_out
-        layers[f"{size}x{size}_aux_norm"] = group_norm(c)
-        layers[f"{size}x{size}_aux_conv"] = Conv(c, img_channels, 3, 1e-5)
-        self.dec = nn.ModuleDict(layers)
-
-    def embed(self, c_noise, class_labels, augment_labels, batch):
-        """-> (B, c_emb). None is zeros and not left out, so that every weight has a gradient under DDP."""
-        emb = self.map_noise(c_noise).expand(batch, -1)
-        given = lambda labels, layer: emb.new_zeros(batch, layer.in_features) if labels is None else labels
-        if self.map_label:
-            labels = given(class_labels, self.map_label)
-            if self.training and self.label_dropout:
-                labels = labels * (torch.rand_like(labels[:, :1]) >= self.label_dropout)
-            emb = emb + self.map_label(labels * labels.shape[1]**0.5)
-        if self.map_augment:
-            emb = emb + self.map_augment(given(augment_labels, self.map_augment))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-
-    def encode(self, x, emb):
-        """-> the features that the decoder takes up, (B, C', H', W') each; the last are the deepest."""
-        skips, aux = [], x
-        for name, layer in self.enc.items():
-            if name.endswith("aux_residual"):
-                skips[-1] = aux = (skips[-1] + layer(aux)) * 0.5**0.5
-            else:
-                skips.append(layer(skips[-1], emb) if skips else layer(x))
-        return skips
-
-    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
-        emb = self.embed(c_noise, class_labels, augment_labels, len(x))
-        skips = self.encode(x, emb)
-        x = skips[-1]
-        *blocks, (_, last_norm), (_, last_conv) = self.dec.items()
-        for name, layer in blocks:
-            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
-        return last_conv(F.silu(last_norm(x)))
-
-
-def make_unet(**net_args):
-    """The denoiser of stage 2 from SongUNet's arguments, which may come from a file. ValueError, before
-    anything is built, for those that no such network has."""
-    words = {"embedding_type": ("positional", "fourier"), "encoder_type": ("standard", "residual")}
-    defaults = {name: p.default for name, p in inspect.signature(SongUNet).parameters.items()}
-    defaults["img_resolution"] = 32
-    for name, value in net_args.items():
-        default, values = defaults.get(name), value if isinstance(value, (list, tuple)) else [value]
-        kinds = (int, float) if isinstance(default, float) else int
-        most = {"num_blocks": 32, "dropout": 0.999, "label_dropout": 0.999}.get(name, 2048)
-        fits = [n in words[name] if name in words else isinstance(n, kinds) and 0 <= n <= most
-                for n in values]
-        require(default is not None and (values is value) == isinstance(default, tuple) and len(values) <= 8
-                and all(fits), f"the argument {str(name)[:20]} is not one of such a network")
-    args = defaults | net_args
-    levels, channels, taps = [args[name] for name in ("channel_mult", "model_channels", "resample_filter")]
-    require(levels and min(levels) > 0 and args["img_resolution"] % 2**(len(levels) - 1) == 0
-            and channels % 4 == 0 and channels > 0 and taps and len(taps) % 2 == 0 and sum(taps) > 0,
-            "sizes that do not fit together")
-    net = EDMPrecond(SongUNet(**net_args))
-    net.net_args, net.label_dim = net_args, net_args.get("label_dim", 0)
-    net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)
-    return net
-
-
-# ---- Drawn shapes: true samples without end ----
-ROUND = [(math.cos(math.pi * i / 20), math.sin(math.pi * i / 20)) for i in range(40)]
-SQUARE = [(0.8, 0.8), (-0.8, 0.8), (-0.8, -0.8), (0.8, -0.8)]
-PLUS = [(0.35, 1), (0.35, 0.35), (1, 0.35), (1, -0.35), (0.35, -0.35), (0.35, -1),
-        (-0.35, -1), (-0.35, -0.35), (-1, -0.35), (-1, 0.35), (-0.35, 0.35), (-0.35, 1)]
-SHAPES = {  # corners in a square of side 2 (y downwards), and the hole's size
-    "circle": (ROUND, 0), "ring": (ROUND, 0.55), "square": (SQUARE, 0), "frame": (SQUARE, 0.55),
-    "triangle": ([(0, -1), (0.95, 0.75), (-0.95, 0.75)], 0),
-    "diamond": ([(0, 1), (0.75, 0), (0, -1), (-0.75, 0)], 0),
-    "plus": (PLUS, 0), "cross": ([(0.7 * (x - y), 0.7 * (x + y)) for x, y in PLUS], 0),
-    "bar": ([(1, 0.35), (-1, 0.35), (-1, -0.35), (1, -0.35)], 0),
-    "pillar": ([(0.35, 1), (-0.35, 1), (-0.35, -1), (0.35, -1)], 0)}
-
-
-RADII = 0.24, 0.4  # of drawn shapes, in images
-
-
-def draw_shape(name, x, y, radius, colour, background, size, fine=8):
-    """A shape centred at (x, y) pixels, colours RGB in [0, 1], drawn `fine` times as large and reduced.
-    -> float32 (size, size, 3) in [0, 1]"""
-    corners, hole = SHAPES[name]
-    mask = Image.new("L", (size * fine, size * fine))
-    for r, ink in ((radius, 255), (radius * hole, 0))[:2 if hole else 1]:
-        ImageDraw.Draw(mask).polygon([(fine * (x + r * a), fine * (y + r * b)) for a, b in corners], ink)
-    mask = np.asarray(mask.reduce(fine), dtype=np.float32)[:, :, None] / 255
-    return background + (colour - background) * mask
-
-
-def draw_shapes(n, seed, size=16, labels=None):
-    """n random shapes, of random classes unless labels (n,) says which; seed is an int or a list of ints.
-    -> images (n, 3, size, size) in [-1, 1], labels (n,)"""
-    random = np.random.default_rng(seed)
-    labels = random.integers(len(SHAPES), size=n) if labels is None else np.asarray(labels)
-    images = np.empty((n, size, size, 3), dtype=np.float32)
-    for image, label in zip(images, labels):
-        radius = size * random.uniform(*RADII)
-        x, y = random.uniform(radius, size - radius, 2)
-        colours = random.uniform(size=(2, 3))
-        while np.linalg.norm(colours[0] - colours[1]) < 0.6:  # else one cannot see it
-            colours = random.uniform(size=(2, 3))
-        image[:] = draw_shape(list(SHAPES)[label], x, y, radius, *colours, size)
-    return rearrange(torch.from_numpy(images), "n h w c -> n c h w") * 2 - 1, torch.from_numpy(labels)
-
-
-@functools.cache
-def templates(size):
-    """Every shape at six radii and half-pixel steps -> classes (T,); means and norms (T, 1) of their
-    masks; and those masks (T, size^2) with mean 0 and norm 1."""
-    masks, labels = [], []
-    for label, name in enumerate(SHAPES):
-        for radius in np.linspace(*RADII, 6) * size:
-            steps = np.linspace(radius, size - radius, round(2 * size - 4 * radius) + 1)
-            masks += [draw_shape(name, x, y, radius, 1, 0, size) for x in steps for y in steps]
-            labels += [label] * len(steps)**2
-    masks = torch.from_numpy(np.stack(masks)).flatten(1)
-    mean = masks.mean(1, keepdim=True)
-    norm = (masks - mean).norm(dim=1, keepdim=True)
-    return torch.tensor(labels), mean, norm, (masks - mean) / norm
-
-
-def read_shapes(images):
-    """uint8 (N, 3, H, W) -> classes (N,), colours and backgrounds (N, 3), about [0, 1], of the template that
-    leaves the least squared error in the two colours that suit it best: it explains most of the variance."""
-    (labels, mean, norm, masks), found = templates(images.shape[-1]), []
-    for x in images.flatten(2).float().div(255).split(100):
-        along = x @ masks.T  # (B, 3, T)
-        best = along.square().sum(1).argmax(1)
-        contrast = along[torch.arange(len(x)), :, best] / norm[best]
-        background = x.mean(2) - contrast * mean[best]
-        found.append((labels[best], background + contrast, background))
-    return [torch.cat(column) for column in zip(*found)]
-
+# ==== The run kit: what any training run needs. Nothing below is about the paper ====
 
 # ---- Training ----
-def annealed(args, step):
-    """The learning rate of a step, from --lr and --anneal."""
-    return args.lr * (1 - step / args.steps if args.anneal == "linear" else 1)
-
-
-def train_edm(args, folder, net, optimiser, batch):
-    """A diffusion model by EDM's recipe (Karras et al. 2022, section 5): dsm_loss, p_edm, EMA, resumable.
-    batch(step) -> net with the step's conditions closed over, and x_0. -> the average of net, in eval mode"""
-    ema, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
-    log, stop = Log(folder / "log.jsonl", args.steps), Stop()
-    parts = {"net": net, "ema": ema, "optimiser": optimiser, "log": log}
-    resume(folder, parts)
-    while log.step < args.steps:
-        optimiser.param_groups[0]["lr"] = min(1, (log.step + 1) / 200) * annealed(args, log.step)
-        seed_step(args.seed, log.step)
-        denoiser, x_0 = batch(log.step)
-        t = p_edm((args.batch, *[1] * (x_0.ndim - 1)), args.psi_mean, args.psi_std, device=device)
-        loss = dsm_loss(denoiser, x_0.to(device), t)
-        log.add(loss=loss)
-        optimiser.zero_grad()
-        loss.mean().backward()
-        optimiser.step()
-        ema_update(ema, net, ema_beta(log.step * args.batch, args.batch, args.ema_half_life))
-        log.advance()
-        if log.step % args.log_every == 0:
-            log.write()
-        save_if_due(args, folder, parts, stop)
-    return ema
-
-
 def train_only(net, frozen):
-    """For a phase of Algorithm 2: net learns, in train mode; frozen gets no weight gradients, in eval mode.
-    Its output is still differentiated with respect to its input, as (B.13) needs."""
+    """For a phase of Algorithm 2: net learns; frozen gets no gradient for its weights, but passes
+    gradients on to its input, as (B.13) needs. The only place that freezes or thaws g and d_psi."""
     net.train().requires_grad_(True)
     frozen.eval().requires_grad_(False)
 
 
-def accumulate(net, batches):
-    """Yields the micro-batches of an update; ranks average the gradients of net once, after the last."""
-    for batch in batches[:-1]:
-        with net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext():
-            yield batch
-    yield batches[-1]
+def update(optimiser, lr):
+    """One step from the gradients that the micro-batches and, under torchrun, all ranks add up."""
+    optimiser.param_groups[0]["lr"] = lr
+    if dist.is_initialized():
+        for w in optimiser.param_groups[0]["params"]:
+            if w.grad is not None:
+                dist.all_reduce(w.grad)
+    optimiser.step()
+    optimiser.zero_grad()
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):
-    """The EMA's decay for a batch that follows `images` images: half_life counts images, fewer at the start.
-    The form is EDM's; 5e5 and 0.05 are SiD's code's, the paper is silent."""
+    """The decay of g's average for a batch that follows `images` images. half_life counts images,
+    fewer at the start. The form is EDM's, the constants are SiD's; the paper is silent."""
     return 0.5**(batch / max(min(half_life, ramp_up * images), 1e-8))
 
 
 @torch.no_grad()
 def ema_update(ema, net, beta):
-    """ema <- beta ema + (1 - beta) net, for every parameter; buffers are constants here."""
-    for a, b in zip(ema.parameters(), net.parameters()):
-        a.lerp_(b, 1 - beta)
+    """ema <- beta ema + (1 - beta) net for all parameters; the buffers are constants here."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
 
 def seed_step(seed, step, device="cpu"):
-    """The random numbers of a step depend on (seed, step) alone: a killed run continues bit for bit with
-    nothing to store. -> a Generator for what all ranks draw alike; torch's own is for each rank's dropout."""
+    """Random numbers depend on (seed, step) alone: a resumed run is exact with no state to store.
+    -> a Generator that draws alike on all ranks; torch's own, for dropout, differs by rank."""
     number = lambda *key: int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    torch.manual_seed(number(seed, step, world()[0] + 1))
+    torch.manual_seed(number(seed, step, rank_and_ranks()[0] + 1))
     return torch.Generator(device).manual_seed(number(seed, step, 0))
 
 
-def draw_latents(seeds, shape, classes=0, fixed=None):
-    """One generator per seed, so that an image depends on its seed and on no batch size. -> standard normal
-    z (n, *shape); one-hot labels (n, classes), of random classes, or of those in the list fixed, in turn."""
+def draw_latents(seeds, shape, classes=0, labels=None):
+    """One seed for each image, so that no image depends on the size of a batch. -> standard normal
+    z (n, *shape) and one-hot labels (n, classes): random, or those of the list `labels` in turn."""
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = torch.stack([torch.randn(shape, generator=random) for random in randoms])
-    if classes and not fixed:
-        fixed = [int(torch.randint(classes, (), generator=random)) for random in randoms]
-    labels = torch.tensor([fixed[i % len(fixed)] for i in range(len(z))] if classes else [])
-    return z, F.one_hot(labels, classes).float() if classes else z.new_zeros(len(z), 0)
+    if not classes:
+        return z, z.new_zeros(len(z), 0)
+    labels = labels or [int(torch.randint(classes, (), generator=random)) for random in randoms]
+    labels = torch.tensor([labels[i % len(labels)] for i in range(len(z))])
+    return z, F.one_hot(labels, classes).float()
 
 
-# ---- Several processes, as torchrun starts them ----
-def world():
-    """-> (rank, number of ranks)"""
+# ---- Processes and devices ----
+def rank_and_ranks():
+    """-> the number of this process, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_over_ranks(v):
-    """A tensor on the CPU -> the sum of all ranks' tensors, there too; v itself in a process on its own."""
+    """A tensor on the CPU -> the sum of all ranks' tensors, there."""
     if dist.is_initialized():
         v = v.to("cuda") if dist.get_backend() == "nccl" else v
         dist.all_reduce(v)
     return v.cpu()
 
 
-def mean_over_ranks(numbers):
-    """A list of floats -> their means over all ranks."""
-    return (sum_over_ranks(torch.tensor(numbers)) / world()[1]).tolist()
+def barrier():  # all ranks wait for each other
+    if dist.is_initialized():
+        dist.barrier()
 
 
-class Replicated(DistributedDataParallel):
-    """DistributedDataParallel that steps aside where its weights are frozen: there is nothing to average."""
-    def forward(self, *args, **kwargs):
-        learns = torch.is_grad_enabled() and next(self.parameters()).requires_grad
-        return super().forward(*args, **kwargs) if learns else self.module(*args, **kwargs)
+def micro_batches(draws, size=None):
+    """This rank's rows of the global batch `draws`, tensors (B, ...), as a list of tuples of
+    at most `size` rows."""
+    rank, ranks = rank_and_ranks()
+    rows = [draw.chunk(ranks)[rank] for draw in draws]
+    return list(zip(*[row.split(size or len(row)) for row in rows]))
 
 
-def replicate(net):
-    """net as it is in a process on its own, else with its gradients averaged over the ranks."""
-    return Replicated(net) if dist.is_initialized() else net
-
-
-def my_share(draws, micro_batch):
-    """This rank's rows of the global draws, a tuple of (B, ...), as a list of micro-batches."""
-    rank, ranks = world()
-    return list(zip(*[draw.chunk(ranks)[rank].split(micro_batch) for draw in draws]))
+def check_batch(args):
+    """UserError unless --batch can be shared among the ranks and cut into --batch-gpu."""
+    ranks = rank_and_ranks()[1]
+    require(args.batch % ranks == 0, f"--batch {args.batch}: expected a multiple of {ranks} ranks")
+    require((args.batch_gpu or 1) <= args.batch // ranks, f"--batch-gpu {args.batch_gpu}: expected "
+            f"at most a rank's share of --batch, {args.batch // ranks}")
 
 
 def pick_device(name="auto"):
-    """"auto" is cuda, else mps, else cpu. Under torchrun each rank joins the others, on a GPU of its own, and
-    all but the first fall silent. UserError for a device that is not there."""
+    """auto is cuda, else mps, else cpu. Under torchrun each rank joins the others, on a GPU of its
+    own, and only the first one prints. UserError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     ranked = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    try:
-        require(name.split(":")[0] in ("cpu", "cuda", "mps"), "expected auto, cpu, cuda or mps")
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if ranked and name == "cuda" else name
+    if ranked and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    with reading(f"--device {name}", "a device of this machine: try cpu"):
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"no device {name!r} here ({first_line(error)}): try --device cpu") from None
+        torch.zeros(1, device=device).item()  # an error for "meta", which computes nothing
     if ranked and not dist.is_initialized():
+        backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            backend = "nccl"
         patience = timedelta(hours=6)  # the first rank may have much to download or to encode
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group(backend, timeout=patience)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
-# ---- Speed ----
-def count_flops(forward):
-    """FLOPs of forward(), as torch counts them."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        forward()
-    return counter.get_total_flops()
-
-
-def matmul_peak(device, dtype, tries=5):
-    """FLOP/s of the best of some square matrix products: what this machine can do at most."""
-    size = 8192 if device.type == "cuda" else 1536
-    a, seconds = torch.randn(size, size, device=device).to(dtype), math.inf
-    for _ in range(tries + 1):
-        begun = now(device)
-        a @ a
-        seconds = min(seconds, now(device) - begun)
-    return 2 * size**3 / seconds
-
-
-def now(device):
-    """Seconds, with nothing under way on the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def memory(device):
-    """Peak memory in GiB, of the GPU where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class Speed:
-    """read(step) -> images, and since the last call images/s and the share of the matrix-multiply peak."""
-    def __init__(self, step, batch, flops, device, dtype):
-        self.step, self.batch, self.flops, self.device = step, batch, flops, device
-        self.peak, self.begun = matmul_peak(device, dtype) * world()[1], now(device)
-
-    def restart(self):
-        self.begun = now(self.device)
-
-    def read(self, step):
-        images, seconds = (step - self.step) * self.batch, now(self.device) - self.begun
-        self.step = step
-        self.restart()
-        return {"images": step * self.batch, "images_s": images / seconds,
-                "peak_share": images * self.flops / seconds / self.peak, "memory_gib": memory(self.device)}
-
-
-def bench(args, device, forward, flops, costs, prepare, train):
-    """--bench: a teacher's forward() of a micro-batch, which takes so many flops an image, and both updates,
-    as prepare(args, folder) -> parts and train(parts, report) do them, with their costs in forwards."""
-    once, times, steps = [], [], args.steps
-    for _ in range(steps + 2):
-        begun = now(device)
-        with torch.no_grad():
-            forward()
-        once.append((now(device) - begun) / args.batch_gpu)
-    args.steps = steps + 1  # the first is a warm-up
-    with tempfile.TemporaryDirectory() as folder:
-        parts = prepare(args, Path(folder))
-        for optimiser in (parts["opt_psi"], parts["opt_theta"]):
-            optimiser.register_step_post_hook(lambda *_: times.append(now(device)))
-        train(parts, lambda: None)
-    ends = np.array(times).reshape(-1, args.psi_updates + 1) / args.batch  # of psi's updates, and of theta's
-    psi, theta = np.median(ends[1:, -2] - ends[:-1, -1]), np.median(ends[1:, -1] - ends[1:, -2])
-    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
-    peak, once = matmul_peak(device, dtype), np.median(once[2:])
-    print(f"{'':24}ms/image  images/s   GFLOP/s  of the peak  forwards")
-    for name, seconds, cost in (("teacher's forward", once, 1), ("psi update", psi, costs[0]),
-                                ("theta update", theta, costs[1]), ("both", psi + theta, sum(costs))):
-        rate = flops * cost / seconds
-        print(f"{name:22}{1e3 * seconds:10.3f}{1 / seconds:10.1f}{rate / 1e9:10.1f}{rate / peak:12.1%}"
-              f"{seconds / once:8.2f} ({cost})")
-    print(f"peak {peak / 1e9:.0f} GFLOP/s in {dtype}; {flops / 1e9:.2f} GFLOP an image; "
-          f"{memory(device):.2f} GiB; batch {args.batch} in micro-batches of {args.batch_gpu}")
+def set_tf32(on):  # for products, and for convolutions, where torch's default is on
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 # ---- Errors and the command line ----
-class UserError(Exception):
-    """What the user can mend, in one line: what was wrong, what was expected, what to do."""
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-
-
-@contextmanager
-def blame(message, *kinds):
-    """An error of these kinds (or any likely one) in the block is the user's to mend: UserError, with its
-    reason put into message's {}."""
-    likely = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-    try:
-        yield
-    except kinds or likely as error:  # noqa: B030
-        raise UserError(message.replace("{}", first_line(error))) from error
-
-
 def one_line_errors(main):
-    """Decorates a script's main(argv=None): a user's mistake is one line on stderr and exit status 2."""
+    """Decorates main(argv=None): a user's mistake is one line on stderr and exit status 2. Every
+    other exception is a mistake of ours and keeps its traceback."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -776,12 +458,13 @@ def one_line_errors(main):
             if dist.is_initialized():
                 dist.destroy_process_group()
             return
-        except (UserError, OSError, MemoryError) as error:
-            message, status = f"error: {error or type(error).__name__}", 2
-        except RuntimeError as error:  # torch's way to say that memory is short
-            if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        except (UserError, OSError) as error:
+            message, status = f"error: {error}", 2
+        except (RuntimeError, MemoryError) as error:
+            short = re.search("out of memory|can't allocate memory", str(error))  # torch's words
+            if not (short or isinstance(error, MemoryError)):
                 raise
-            message, status = f"error: {first_line(error)}: try a smaller --batch, --batch-gpu or --n", 2
+            message, status = "error: out of memory: try a smaller --batch-gpu, --batch or --n", 2
         except KeyboardInterrupt as stop:
             message, status = f"stopped: {str(stop) or 'what was saved is kept'}", 130
         print(message, file=sys.stderr)
@@ -789,423 +472,376 @@ def one_line_errors(main):
     return wrapped
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are some, and the module docstring as it is."""
+@contextmanager
+def reading(path, expected):
+    """What a damaged or foreign file makes its reader raise becomes a UserError. Only code that
+    reads and checks a file stands in such a block: other mistakes of ours keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path} cannot be used ({reason}): expected {expected}") from error
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default where there is one, and the module's docstring as it stands."""
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, "", False) else action.help
+        shown = action.default not in (None, "", False)
+        return super()._get_help_string(action) if shown else action.help
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with whole option names only, and errors of one line."""
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=Formatter)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
-def number(kind, low=0, strict=True):
-    """An argparse type: a finite int or float above low, or from low on."""
+def checked(kind, fits, name):
+    """An argparse type: an int or a float that fits; `name` is what the error says was expected."""
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-            require(low < value < 2**63 or (not strict and value == low), "out of range")
-            return value
-        except ValueError:
-            limit = "" if low == -math.inf else f" {'>' if strict else '>='} {low}"
-            expected = f"expected a finite {kind.__name__}{limit}, got {text[:40]!r}"
-            raise argparse.ArgumentTypeError(expected) from None
+            if abs(value) < 2**63 and fits(value):  # false for inf and nan
+                return value
+        raise UserError(f"expected a {name}, got {text[:40]!r}")
     return parse
 
 
-def add_method_arguments(parser, others=()):
-    """--method, --distance and their parameters: the same in every stage, but for other methods."""
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=("sim", "sid", "di", *others), help="or another, to compare")
-    group.add_argument("--distance", choices=DISTANCES, default="phuber", help="d of (3.3), Table 4")
-    for flag, kind, meaning in (
-            ("--c", float, "phuber's c (0.001)"), ("--alpha", int, "power's (4) or exp's (2) exponent, even"),
-            ("--beta", float, "exp's factor (0.1)"), ("--delta", float, "huber's kink (1)"),
-            ("--scale", float, "smoothl1's rounding (0.5)")):
-        group.add_argument(flag, type=number(kind), help=meaning)
-    group.add_argument("--weight", choices=WEIGHTS, help="of g's loss: sidwgt is (B.11), and SiD's own; "
-                       "nowgt is 1, and the others'")
-    group.add_argument("--sid-alpha", type=number(float, -math.inf), help="SiD's alpha; 1.2 on CIFAR-10")
+count = checked(int, lambda n: n > 0, "whole number > 0")
+at_least_0 = checked(int, lambda n: n >= 0, "whole number >= 0")
+positive = checked(float, lambda v: v > 0, "number > 0")
+real = checked(float, lambda v: True, "finite number")
+distance_type = lambda text: parse_distance(text)[0]  # all parameters written out, for args.json
 
 
-def add_run_arguments(parser, **defaults):
-    """What a run needs besides its science: the same in every stage, but for the defaults."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=number(int), help="updates of the generator")
-    group.add_argument("--batch", type=number(int), help="samples in an update")
-    group.add_argument("--lr", type=number(float), help="of both Adams (Table 5: 1e-5; B.3: 5e-6)")
-    group.add_argument("--anneal", choices=("none", "linear"), help="of the lr, to 0 at the last step")
-    group.add_argument("--t-star", type=number(float), help="t* of (B.4) (Table 5: 2.5)")
-    group.add_argument("--p-mean", type=number(float, -math.inf),
-                       help="mean of g's log t; (B.10): -3.5; B.3: -2")
-    group.add_argument("--p-std", type=number(float), help="std of g's log t; (B.10): 2.5; B.3: 2")
-    group.add_argument("--psi-mean", type=number(float, -math.inf),
-                       help="mean of d_psi's log t; (B.6): -1.2; B.3: -2")
-    group.add_argument("--psi-std", type=number(float), help="std of d_psi's log t; (B.6): 1.2; B.3: 2")
-    group.add_argument("--psi-updates", type=number(int), help="per update of g; Listing 1 has 2")
-    group.add_argument("--ema-half-life", type=number(float), help="of g's average, in samples (SiD: 5e5)")
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, strict=False), default=0, help="of everything random")
-    group.add_argument("--device", default="auto", help="auto (the best one here), cpu, cuda, mps")
-    group.add_argument("--out", metavar="DIR", help="the run's folder; named after the run unless given")
-    group.add_argument("--fresh", action="store_true", help="start anew: an older run in DIR is moved aside")
-    group.add_argument("--save-every", type=number(int), help="steps between checkpoints")
-    group.add_argument("--sample", metavar="CKPT", help="only draw from a run: its folder, or its g_ema.pt")
-    group.add_argument("--n", type=number(int), help="how many samples --sample draws")
+def plain_parser(doc):
+    """argparse without any options yet, but with errors of one line and all defaults in --help."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=HelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the options)\n")
+    return parser
+
+
+def make_parser(doc, methods=(), **defaults):
+    """plain_parser with the options that all stages share, and these defaults."""
+    parser = plain_parser(doc)
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=("sim", "sid", "di", *methods), help="or another, to compare")
+    add("--distance", type=distance_type, default="phuber",
+        help=f"d of (3.3): {', '.join(DISTANCES)}; with parameters as in phuber,c=0.01")
+    add("--weight", choices=WEIGHTS, help="of g's loss; SiD's own is sidwgt (B.11), others' nowgt")
+    add("--sid-alpha", type=real, help="SiD's alpha; 1.2 on CIFAR-10")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=count, help="updates of the generator")
+    add("--batch", type=count, help="samples in an update, over all ranks")
+    add("--batch-gpu", type=count, help="samples at once: the gradients of the batch accumulate")
+    add("--lr", type=positive, help="of both Adams (Table 5: 1e-5; B.3: 5e-6)")
+    add("--anneal", choices=("none", "linear"), help="of the lr, to 0 at the last step")
+    add("--t-star", type=positive, help="t* of (B.4) (Table 5: 2.5)")
+    add("--p-mean", type=real, help="mean of g's log t (B.10: -3.5; B.3: -2)")
+    add("--p-std", type=positive, help="std of g's log t (B.10: 2.5; B.3: 2)")
+    add("--psi-mean", type=real, help="mean of d_psi's log t (B.6: -1.2; B.3: -2)")
+    add("--psi-std", type=positive, help="std of d_psi's log t (B.6: 1.2; B.3: 2)")
+    add("--psi-updates", type=count, help="for each update of g (Algorithm 2: 1; Listing 1: 2)")
+    add("--ema-half-life", type=positive, help="of g's average, in samples (SiD: 5e5)")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=at_least_0, default=0, help="of everything random")
+    add("--device", default="auto", help="auto (the best one here), cpu, cuda or mps")
+    add("--out", help="the run's folder, or --sample's file; named after the run unless given")
+    add("--fresh", action="store_true", help="start anew; an older run is moved aside")
+    add("--save-every", type=count, help="updates between checkpoints")
+    add("--log-every", type=count, help="updates between log lines")
+    add("--sample", metavar="RUN", help="only draw from a run: its folder, or its g_ema.pt")
+    add("--n", type=count, help="how many samples --sample draws")
     parser.set_defaults(**defaults)
+    return parser
 
 
-def add_image_arguments(parser):
-    """What a run on images needs besides: the same in stages 2 and 3."""
-    parser.add_argument("--adam-eps", type=number(float), help="of both Adams")
-    parser.add_argument("--batch-gpu", type=number(int), help="samples at once; gradients accumulate")
-    parser.add_argument("--amp", choices=("none", "bf16"), help="autocast of the networks")
-    parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the networks")
-    parser.add_argument("--log-every", type=number(int), help="steps between log lines")
-    parser.add_argument("--train-teacher", action="store_true", help="make the embedded teacher anew")
-    parser.add_argument("--bench", action="store_true", help="only time the updates, at these sizes")
+def add_image_options(add):
+    """What stages 2 and 3 take besides."""
+    add("--adam-eps", type=positive, help="of both Adams")
+    add("--amp", choices=("none", "bf16"), help="bf16: autocast of the networks to bfloat16")
+    add("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
+    add("--compile", action="store_true", help="torch.compile of the networks")
 
 
-def settle(args, preset):
-    """Fill what the command line left open from the preset. UserError for sizes that do not divide."""
-    for name, value in preset.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    ranks = world()[1]
-    if args.batch % ranks:
-        raise UserError(f"--batch {args.batch} for {ranks} processes: expected a multiple of {ranks}")
-    if args.train_teacher and ranks > 1:
-        raise UserError("--train-teacher is for one process: start it without torchrun")
-    args.batch_gpu = min(args.batch_gpu or args.batch, args.batch // ranks)
+# ---- Files: written under a temporary name, then renamed; read without executing anything ----
+@contextmanager
+def writing(path):
+    """An error while path is written becomes a UserError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): expected room on the disk and a "
+                        "folder that can be written to") from error
 
 
-def make_distance(args):
-    """The Distance that the flags describe. UserError for a parameter that it does not take or cannot use."""
-    flags = {name: getattr(args, name) for name in ("c", "alpha", "beta", "delta", "scale")}
-    given = {name: value for name, value in flags.items() if value is not None}
-    takes = inspect.signature(DISTANCES[args.distance]).parameters
-    if extra := [f"--{name}" for name in given if name not in takes]:
-        raise UserError(f"--distance {args.distance} does not take {', '.join(extra)}")
-    with blame(f"--distance {args.distance}: {{}}", ValueError):
-        return DISTANCES[args.distance](**given)
-
-
-def make_generator_loss(args, distance):
-    """--method and --weight as a callable (d_psi, d_q, x_0, t, eps=None) -> (loss (B,), y_t detached)."""
-    loss = {"sim": functools.partial(sim_loss, distance=distance),
-            "sid": functools.partial(sid_loss, alpha=args.sid_alpha), "di": di_loss}[args.method]
-    return functools.partial(loss, weight=WEIGHTS[args.weight]) if args.weight else loss
-
-
-def make_times(args):
-    """The flags' times for the updates of psi and theta, {phase: (shape, **where) -> t}."""
-    return {"psi": functools.partial(p_edm, mean=args.psi_mean, std=args.psi_std),
-            "theta": p_karras if args.p_theta == "karras" else
-            functools.partial(p_edm, mean=args.p_mean, std=args.p_std)}
-
-
-# ---- Files: written under a temporary name and renamed; read without executing anything in them ----
 @contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, with its extension; renamed to `path` if the block succeeds."""
+    """Yields a temporary path beside `path`, with its extension. The file gets its own name only if
+    the block succeeds, so that it is never half written."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save(value, path):
-    """Plain dicts and lists: .json as JSON, else for torch.load(weights_only=True). UserError if it fails."""
-    with atomic(path) as temporary, blame(f"could not write {path} ({{}}): is the disk full?", RuntimeError):
+    """Plain dicts and lists: as JSON if path ends so, else for torch.load(weights_only=True)."""
+    with atomic(path) as temporary:
         if temporary.suffix == ".json":
             temporary.write_text(json.dumps(value, indent=1) + "\n")
         else:
             torch.save(value, temporary)
 
 
-def load(path, keys):
-    """The dict that save() wrote, on the CPU. UserError if it is missing, damaged or lacks a key."""
-    expected = f"expected a file of this project with {', '.join(keys)}"
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist: {expected}")
-    damage = EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError, pickle.PickleError
-    with blame(f"{path} is cut short, damaged or of another format: {expected}", *damage):
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(value, dict) or any(key not in value for key in keys):
-        raise UserError(f"{path} holds something else: {expected}")
-    return value
-
-
 def sha256(path):
-    with Path(path).open("rb") as file:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url, path):
-    """url to path, with a progress bar; path appears when it is complete. UserError without a network."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    advice = "connect to the network, or save it by other means as"
-    with (blame(f"could not download {url} ({{}}): {advice} {path}", OSError, ValueError, HTTPException),
-          urllib.request.urlopen(url, timeout=20) as source, atomic(path) as temporary,
-          temporary.open("wb") as file):
-        size = int(source.headers.get("Content-Length", 0))
-        with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-            while block := source.read(2**20):
-                bar.update(file.write(block))
-        require(file.tell() == (size or file.tell()), f"it ended after {file.tell()} of {size} bytes")
-    print(f"downloaded {path}, sha256 {sha256(path)}")
-
-
 def fetch(url):
-    """A published file in checkpoints/, downloaded by the first rank if it is not there yet. -> its path"""
-    path, error = Path("checkpoints") / url.rpartition("/")[2], None
-    if world()[0] == 0 and not path.exists():
-        try:
-            download(url, path)
-        except UserError as failed:
-            error = failed
-    if dist.is_initialized():
-        dist.barrier()
-    if not path.exists():
-        raise error or UserError(f"{path} is not there: the first rank could not download it")
+    """A published file -> its path in checkpoints/. The first rank downloads the file if it is not
+    there yet. UserError without a network."""
+    path = Path("checkpoints") / url.rpartition("/")[2]
+    if rank_and_ranks()[0] == 0 and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_name(f".tmp-{path.name}")
+        with (reading(url, f"a network, or this file saved by other means as {path}"),
+              urllib.request.urlopen(url) as answer):
+            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+            require(answer.length in (None, part.stat().st_size), "the download ended early")
+            part.replace(path)
+        print(f"downloaded {path}, sha256 {sha256(path)}")
+    barrier()
     return path
 
 
-def save_state(path, **parts):
-    """Everything to resume from: the state_dict() of each part. UserError, the old file kept, if a weight is
-    not finite."""
-    for name, part in parts.items():
-        if isinstance(part, nn.Module) and not all(w.isfinite().all() for w in part.parameters()):
-            raise UserError(f"{name} has weights that are not finite; the last good checkpoint stays: {path}")
-    save({name: part.state_dict() for name, part in parts.items()}, path)
-
-
-def load_state(path, **parts):
-    """Give the same parts back what save_state() stored. UserError if they do not fit."""
-    state = load(path, parts)
-    with blame(f"{path} is not of this run ({{}}): start anew with --fresh"):
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-
-
-def resume(folder, parts):
-    """Set the parts of a run to its checkpoint; where there is none yet, the log starts anew."""
-    if (folder / "ckpt.pt").exists():
-        load_state(folder / "ckpt.pt", **parts)
-    elif world()[0] == 0:
-        (folder / "log.jsonl").unlink(missing_ok=True)
-    if dist.is_initialized():
-        steps = mean_over_ranks([float(parts["log"].step)])[0]
-        if steps != parts["log"].step:
-            raise UserError(f"not all ranks see {folder}: expected a file system that they share")
-
-
-def save_generator(path, net, net_args, t_star, **meta):
-    """What load_generator reads: tensors, numbers and strings."""
-    save({"net_args": net_args, "state_dict": net.state_dict(), "t_star": t_star, "meta": meta}, path)
-
-
-def load_generator(path, build, where="meta"):
-    """A run's folder, or its g_ema.pt {net_args, state_dict, t_star, meta} -> (g in eval mode, t_star, meta).
-    build(**net_args) makes the network, at first `where`. UserError if the file is not one of build's."""
+def load_generator(path, build, device="meta"):
+    """A run's folder, or a g_ema.pt -> the generator (frozen, on the CPU), t_star and meta.
+    build(**net_args) makes the network, on `device` at first. UserError for another file."""
     path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
-    saved = load(path, ("net_args", "state_dict", "t_star", "meta"))
-    with blame(f"{path} is no generator of this stage ({{}})"):
+    with reading(path, "a generator of this stage, {net_args, state_dict, t_star, meta}"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         t_star, meta = float(saved["t_star"]), dict(saved["meta"])
         require(0 < t_star < math.inf, f"t_star is {t_star}")
-        return adopt(build, saved["net_args"], saved["state_dict"], where), t_star, meta
+        net = load_frozen(build, saved["net_args"], saved["state_dict"], device)
+    return net, t_star, meta
 
 
-def adopt(build, net_args, state_dict, where="meta"):
-    """build(**net_args) with these arrays as its weights, in float32, frozen, in eval mode. ValueError, with
-    nothing large allocated on meta, unless all names and shapes fit; or if a weight is not finite."""
-    with torch.device(where):
+def load_frozen(build, net_args, state, device="meta"):
+    """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
+    FROZEN: no weight of a teacher ever gets a gradient, since every teacher comes from here.
+
+    On the meta device nothing is allocated while the network is built, so that a file that declares
+    more than it holds is refused. UserError unless names and shapes fit and all is finite."""
+    with torch.device(device):
         net = build(**net_args)
-    ours = net.state_dict()
-    for fault, names in (("missing", ours.keys() - state_dict), ("superfluous", state_dict.keys() - ours)):
-        require(not names, f"{len(names)} tensors are {fault}: {', '.join(map(str, sorted(names)[:3]))}")
-    for name, array in state_dict.items():
-        shape = tuple(ours[name].shape)
-        require(tuple(array.shape) == shape, f"{name} is {tuple(array.shape)}, expected {shape}")
-    arrays = {name: torch.asarray(w, dtype=torch.float32, copy=True) for name, w in state_dict.items()}
-    require(all(w.isfinite().all() for w in arrays.values()), "weights that are not finite")
-    net.load_state_dict(arrays, assign=True)
+    expected = {name: w.shape for name, w in net.state_dict().items()}
+    missing, more = sorted(expected.keys() - state), sorted(map(str, state.keys() - expected))
+    require(not missing, f"{len(missing)} tensors are missing: {missing[:3]}")
+    require(not more, f"{len(more)} tensors are superfluous: {more[:3]}")
+    for name, w in state.items():
+        require(w.shape == expected[name],
+                f"{name} is {tuple(w.shape)}, expected {tuple(expected[name])}")
+    held = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in state.values()}
+    require(sum(w.nbytes for w in state.values()) <= 10 * sum(held.values()),
+            "weights that repeat a few numbers")
+    state = {name: w.to(torch.float32, copy=True) for name, w in state.items()}
+    require(all(w.isfinite().all() for w in state.values()), "weights that are not finite")
+    net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
 
-# ---- A run's folder and its log ----
-def lock(folder):
-    """Keep other processes out of a run's folder until this one ends. UserError if one is in it."""
-    with blame(f"{folder} is in use by another process: wait for it, or name another --out", OSError):
-        fcntl.lockf(os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+# ---- A run ----
+def run_folder(args, name):
+    """--out or, unless given, runs/NAME-METHOD-DISTANCE-SEED. NAME says what the teacher is."""
+    short = args.distance.split(",")[0]
+    distance = short if distance_type(short) == args.distance else args.distance.replace(",", "-")
+    return Path(args.out or f"runs/{name}-{args.method}-{distance}-{args.seed}")
 
 
-def open_run(args, ignore):
-    """Make or continue the folder args.out, for this process alone; args.json keeps the arguments, but for
-    those to ignore. -> Path
+class Run:
+    """A training run and its folder: args.json says what the run is, log.jsonl how it went. ckpt.pt
+    is the state of the parts (networks and optimisers), to continue from; g_ema.pt is the
+    generator, to sample from. The same command continues a killed run, bit for bit on a CPU.
 
-    UserError, with nothing touched, if the folder holds another run (it names what differs) or no run."""
-    folder, known = Path(args.out).resolve(), Path(args.out) / "args.json"
-    if world()[0] > 0:
-        dist.barrier()  # the first rank makes it
-        return folder
-    now = {name: value for name, value in vars(args).items() if name not in ignore}
-    if folder.exists() and not known.exists() and not (
-            folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
-        raise UserError(f"--out {args.out} exists and is no run's folder: name another")
-    if known.exists():
-        lock(folder)  # before it is moved from under a run
-    if args.fresh and known.exists():
-        names = (folder.with_name(f"{folder.name}.old-{i}") for i in range(1, 10**6))
-        print(f"moved the older run to {folder.rename(next(name for name in names if not name.exists()))}")
-    if known.exists():
-        with blame(f"{known} is damaged: name another --out, or start anew with --fresh"):
-            then = dict(json.loads(known.read_text()))
-        differs = [f"{name} is {then.get(name)} there and {now.get(name)} here"
-                   for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-        if differs:
-            raise UserError(f"{args.out} holds another run ({'; '.join(differs)}): "
-                            "name another --out, or start anew with --fresh")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
-    save(now, known)
-    if dist.is_initialized():
-        dist.barrier()
-    return Path(args.out)
+    Each part is an attribute too: Run(..., g=g).g is g. facts are what the run is besides its
+    arguments, such as the teacher's SHA-256. `generator` is what g_ema.pt holds, built by net_args.
+    UserError, with nothing touched, if the folder holds another run or is in use."""
+    MAY_CHANGE = {"out", "fresh", "device", "save_every", "log_every", "batch_gpu", "sample", "n",
+                  "part", "thorough", "classes", "teacher_sample", "checkpointing", "prompt",
+                  "prompt_file", "teacher_steps", "solver", "latents"}  # and the run is the same
 
+    def __init__(self, args, folder, facts, generator, net_args, **parts):
+        self.args, self.folder, self.facts, self.parts = args, Path(folder), facts, parts
+        self.generator, self.net_args = generator, net_args
+        self.log, self.checkpoint = self.folder / "log.jsonl", self.folder / "ckpt.pt"
+        vars(self).update(parts)
+        self.step, self.seconds, self.signal, self.values = 0, 0.0, 0, {}
+        self.is_first = rank_and_ranks()[0] == 0
+        if self.is_first:
+            self.open_folder()
+        barrier()
+        if self.checkpoint.exists():
+            self.load()
+        if self.is_first:  # a killed run may have written lines past its checkpoint
+            lines = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= self.step]
+            with atomic(self.log) as temporary:
+                temporary.write_text("".join(lines if self.step else []))
+        self.first_step = self.written_step = self.saved_step = self.step
+        self.begun = self.written = self.paused = time.time()
 
-class Stop:
-    """SIGINT and SIGTERM, asked for after each step: the first asks the run to save and stop, a second kills
-    it. All ranks hear of it after the same step."""
-    def __init__(self):
-        self.signal = 0
+    def open_folder(self):
+        """Make the folder, or check that it holds this run; lock it; write args.json."""
+        record, facts = self.folder / "args.json", vars(self.args) | self.facts
+        here = {name: value for name, value in facts.items() if name not in self.MAY_CHANGE}
+        others = {path.name for path in self.folder.glob("[!.]*")} - {"theorem.json"}
+        require(record.exists() or not others,
+                f"{self.folder} exists and is no run's folder: name another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if record.exists() and self.args.fresh:
+            names = (self.folder.with_name(f"{self.folder.name}.old-{i}") for i in range(1, 10**6))
+            old = self.folder.rename(next(name for name in names if not name.exists()))
+            print(f"moved the older run to {old}")
+            self.folder.mkdir()
+            self.lock()
+        if record.exists():
+            with reading(record, "the arguments of a run: start anew with --fresh"):
+                there = dict(json.loads(record.read_text()))
+            differs = [f"{name} is {there.get(name)} there and {here.get(name)} here"
+                       for name in sorted(there | here) if there.get(name) != here.get(name)]
+            require(not differs, f"{self.folder} holds another run ({'; '.join(differs)}): "
+                    "name another --out, or start anew with --fresh")
+        else:
+            save(here, record)
+
+    def lock(self):
+        """Keep other processes out of the folder until this process ends."""
+        require(fcntl, "training needs Linux or macOS: on Windows, use WSL")
+        self.lock_file = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder} is in use by another process: wait for the end of that "
+                            "process, or name another --out") from None
+
+    def load(self):
+        """Set all parts to their state in ckpt.pt."""
+        with reading(self.checkpoint, "the checkpoint of this run: start anew with --fresh"):
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        if self.is_first and not (self.folder / "g_ema.pt").exists():
+            self.save_generator()  # a lost one
+        if self.step < self.args.steps:
+            print(f"{self.folder} goes on from step {self.step} of {self.args.steps}")
+
+    def finished(self):
+        """True, and said, if nothing of the run is left to do."""
+        done = self.step == self.args.steps and (self.folder / "metrics.json").exists()
+        if done:
+            print(f"{self.folder} is finished, and its result is in metrics.json. For a new run: "
+                  "--fresh, another --seed or another --out")
+        return done
+
+    def steps(self):
+        """Yields the number of each update that is left to do. Between two of them: the checkpoint,
+        if one is due, and the end of the run, if SIGINT or SIGTERM asked for it."""
         for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self.note)
+            signal.signal(kind, self.ask_to_stop)
+        self.bar = tqdm(total=self.args.steps, initial=self.step,
+                        disable=None if self.is_first else True)  # None: silent off a terminal
+        self.begun = self.written = time.time()
+        while self.step < self.args.steps:
+            self.step += 1  # from here on run.step counts the update that is under way
+            yield self.step - 1
+            self.bar.update()
+            stop = self.signal
+            if dist.is_initialized():  # all ranks stop after the same update
+                stop = sum_over_ranks(torch.tensor(stop)).item()
+            if stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
+                self.save()
+            if stop and self.step < self.args.steps:
+                raise KeyboardInterrupt(f"step {self.step} is saved in {self.folder}; "
+                                        "the same command goes on from there")
+        self.bar.close()
 
-    def note(self, kind, frame):
-        self.signal = kind
+    def ask_to_stop(self, kind, frame):
+        """The first signal lets the update end; a second one kills."""
+        self.signal = 1
         signal.signal(kind, signal.SIG_DFL)
 
-    def asked(self):
-        if dist.is_initialized():
-            self.signal = mean_over_ranks([float(self.signal)])[0]  # above 0 if any rank has one
-        return self.signal > 0
+    def add(self, **tensors):
+        """Collect values for the next log line, each by its mean. UserError, before the weights
+        change, if a mean is not finite."""
+        means = torch.stack([v.detach().float().mean() for v in tensors.values()]).tolist()
+        for name, mean in zip(tensors, means):
+            self.require_finite(math.isfinite(mean), f"{name} is {mean}")
+            total, number = self.values.get(name, (0.0, 0))
+            self.values[name] = total + mean, number + 1
 
+    def require_finite(self, finite, what):
+        require(finite, f"step {self.step}: {what}; the last good checkpoint is step "
+                f"{self.saved_step} in {self.folder}. Try --fresh with a smaller --lr")
 
-def save_if_due(args, folder, parts, stop, keep=lambda name: None):
-    """After a step: the checkpoint, if it is due or a signal asks for it; then the run stops."""
-    log, stopping = parts["log"], stop.asked()
-    if world()[0] == 0 and (log.step % args.save_every == 0 or log.step == args.steps or stopping):
-        keep("g_ema.pt")
-        save_state(folder / "ckpt.pt", **parts)  # last: what it says is done, is done
-    if stopping and log.step < args.steps:
-        raise KeyboardInterrupt(f"step {log.step} is saved in {folder}; the same command goes on from there")
+    def due(self, every=math.inf, looks=12):
+        """Is it time for a look at the generator, or for a log line every so many steps? There are
+        `looks` looks, denser at the start. Only the first rank looks and writes."""
+        self.paused = time.time()  # what comes now does not count in images_s
+        at = {round(self.args.steps * (i / looks)**2) for i in range(looks + 1)}
+        return self.is_first and (self.step in at or self.step % every == 0)
 
+    def write(self, **values):
+        """A line of log.jsonl and of the screen: the means of what was collected, then `values`."""
+        means = {name: total / number for name, (total, number) in self.values.items()}
+        rate = (self.step - self.written_step) / max(self.paused - self.written, 1e-9)
+        seconds_a_step = (time.time() - self.begun) / max(self.step - self.first_step, 1)
+        line = {"step": self.step, **means, **values, "images": self.step * self.args.batch,
+                "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1),
+                "eta": round(seconds_a_step * (self.args.steps - self.step))}
+        with writing(self.log), self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        text = "  ".join(f"{key} {value:.4g}" for key, value in (means | values).items())
+        tqdm.write(f"step {self.step}/{self.args.steps}  {text}  {line['eta']} s to go")
+        sys.stdout.flush()
+        self.values, self.written_step, self.written = {}, self.step, time.time()
 
-class Log:
-    """Means over the steps between two lines, to log.jsonl and to the screen (a bar on a terminal, else plain
-    lines). Its state is part of the checkpoint, so that the log of a resumed run has no seam."""
-    def __init__(self, path, steps):
-        self.path, self.steps, self.step, self.saved, self.first = Path(path), steps, 0, 0, 0
-        self.sums, self.counts, self.seconds, self.begun, self.new = {}, {}, 0.0, time.time(), True
-        self.bar = tqdm(total=steps, disable=None if world()[0] == 0 else True)  # None: silent off a terminal
+    def lines(self):
+        """log.jsonl as a list of dicts, without a last line that a kill cut short."""
+        with reading(self.log, "lines of JSON: start anew with --fresh"):
+            lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []
+            return [json.loads(line) for line in lines]
 
     def elapsed(self):
         """Seconds of this run, those before an interruption included."""
         return self.seconds + time.time() - self.begun
 
-    def read(self):
-        """log.jsonl as a list of dicts, without a last line cut short by a kill."""
-        with blame(f"{self.path} is damaged: start anew with --fresh", ValueError):
-            lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-            return [json.loads(line) for line in lines]
+    def save(self):
+        """g_ema.pt, then ckpt.pt. UserError, with the old files kept, if a weight is not finite."""
+        if self.is_first:
+            nets = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+            finite = all(w.isfinite().all() for net in nets for w in net.parameters())
+            self.require_finite(finite, "weights are not finite")
+            self.save_generator()
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            save({"step": self.step, "seconds": self.elapsed()} | state, self.checkpoint)
+        self.saved_step = self.step
 
-    def state_dict(self):
-        self.saved = self.step
-        return {"step": self.step, "sums": self.sums, "counts": self.counts, "seconds": self.elapsed()}
-
-    def load_state_dict(self, state):
-        """Go on after the state's step; lines that a killed run wrote past it are dropped."""
-        self.step, self.sums, self.counts = state["step"], dict(state["sums"]), dict(state["counts"])
-        self.new = False
-        require(0 <= self.step <= self.steps, f"step {self.step} of {self.steps}")
-        self.saved = self.first = self.bar.initial = self.bar.n = self.step
-        self.seconds, self.begun = state["seconds"], time.time()
-        lines = [json.dumps(line) + "\n" for line in self.read() if line["step"] <= self.step]
-        if world()[0] == 0:
-            with atomic(self.path) as temporary:
-                temporary.write_text("".join(lines))
-
-    def add(self, **values):
-        """Count tensors in, by their mean. UserError, before any weight is touched by it, if not finite."""
-        means = torch.stack([value.detach().float().mean() for value in values.values()]).tolist()
-        for name, mean in zip(values, means):
-            if not math.isfinite(mean):
-                advice = "with a smaller --lr" if self.step else "with other settings"
-                raise UserError(f"step {self.step + 1}: {name} is {mean}; the last good checkpoint is step "
-                                f"{self.saved} in {self.path.parent}. Try --fresh {advice}")
-            self.sums[name] = self.sums.get(name, 0.0) + mean
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def write(self, **values):
-        """A line: the means since the last one, and values as they are."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        if dist.is_initialized():
-            means = dict(zip(means, mean_over_ranks(list(means.values()))))
-        self.sums, self.counts = {}, {}
-        if world()[0] > 0:
-            return
-        done = self.step - self.first
-        eta = (time.time() - self.begun) / max(done, 1) * (self.steps - self.step)
-        line = {"step": self.step, **means, **values, "seconds": round(self.elapsed(), 2), "eta": round(eta)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        text = "  ".join(f"{name} {value:.4g}" for name, value in (means | values).items())
-        self.bar.set_postfix_str(text, refresh=False)
-        if self.bar.disable:
-            to_go = f", {eta:.0f} s to go" if done else ""
-            print(f"step {self.step}/{self.steps}  {text}  {self.elapsed():.0f} s{to_go}", flush=True)
-
-    def advance(self):
-        """The step is done."""
-        self.step += 1
-        self.bar.update()
-        if self.step == self.steps:
-            self.bar.close()
-
-
-def reporter(args, folder, parts, speed, look, keep):
-    """What train() calls after each step: a log line where one is due, thirteen of them over the run with
-    look()'s figures, and the checkpoint, with keep(name) for the generator."""
-    log, stop = parts["log"], Stop()
-
-    def report():
-        due = log.step in {round(args.steps * (i / 12)**2) for i in range(13)}
-        if due or log.step % args.log_every == 0:
-            values = speed.read(log.step)
-            log.write(**values, **(look() if due and world()[0] == 0 else {}))
-            speed.restart()
-        save_if_due(args, folder, parts, stop, keep)
-
-    if log.new:
-        report()
-    return report
+    def save_generator(self, name="g_ema.pt"):
+        """What load_generator reads: how to build the network, its weights, t*, and its origin."""
+        save({"net_args": self.net_args, "state_dict": self.generator.state_dict(),
+              "t_star": self.args.t_star, "meta": self.facts | {"step": self.step}},
+             self.folder / name)
 
 
 def progress(items, name, total=None):
-    """Yields them, `total` or len(items), with a bar and its ETA on a terminal, else a line every 20 s."""
+    """Yields the items, with a bar on a terminal and elsewhere a line with the ETA every 20 s."""
     begun = shown = time.time()
     total = total or len(items)
-    bar = tqdm(items, desc=name, total=total, disable=None if world()[0] == 0 else True)
+    bar = tqdm(items, desc=name, total=total, disable=None if rank_and_ranks()[0] == 0 else True)
     for done, item in enumerate(bar, 1):
         yield item
         if bar.disable and time.time() - shown > 20:
@@ -1216,30 +852,34 @@ def progress(items, name, total=None):
 
 # ---- Pictures ----
 def to_uint8(x):
-    """Images in [-1, 1] to bytes, as the papers do it."""
+    """Images in [-1, 1] to bytes, as EDM does it."""
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def image_grid(images, columns=1):
-    """uint8 (N, 3, H, W) -> a Pillow image, row by row, what is left of the last row black."""
+    """uint8 (N, 3, H, W) -> a Pillow image, row by row; what is left of the last row is black."""
     images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
-    return Image.fromarray(rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns).cpu().numpy())
+    grid = rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns)
+    return Image.fromarray(grid.cpu().numpy())
 
 
-def save_picture(image, path, frames=(), milliseconds=120, hold=2500):
-    """A Pillow image to path; with the frames that follow it, a looping GIF that holds the last one."""
-    gif = {"append_images": frames, "duration": [milliseconds] * len(frames) + [hold], "loop": 0}
+def save_picture(image, path, frames=()):
+    """A Pillow image to path; with the frames that follow, a GIF that holds its last one."""
+    milliseconds = [120] * len(frames) + [2500]
+    gif = {"save_all": True, "append_images": frames, "duration": milliseconds, "loop": 0}
     with atomic(path) as temporary:
-        image.save(temporary, save_all=True, **gif) if frames else image.save(temporary)
+        image.save(temporary, **gif if frames else {})
 
 
-def plot_log(path, lines, curves):
-    """curves {key of log.jsonl's lines: label} over the steps, both axes logarithmic."""
-    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for key, label in curves.items():
-        axes.plot(*zip(*[(line["step"], line[key]) for line in lines if key in line]), label=label)
-    axes.set(xlabel="step", xscale="symlog", yscale="log")
-    axes.legend(frameon=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary)
+def sample_path(args, run):
+    """Where --sample writes: --out or, unless given, RUN/samples-N-seed-SEED.png. UserError for a
+    folder that is in use, so that two sets of samples never mix."""
+    run = Path(run) if Path(run).is_dir() else Path(run).parent
+    out = Path(args.out or run / f"samples-{args.n}-seed-{args.seed}.png")
+    require(out.suffix in (".png", ".npz", ""),
+            f"--out {out}: expected .png (a picture), .npz (an array) or a folder (of PNGs)")
+    require(out.suffix or not out.exists() or not any(out.iterdir()),
+            f"--out {out} exists and is not empty: name another folder")
+    with writing(out):
+        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    return out

@@ -1,30 +1,39 @@
-"""Stage 3: PixArt-alpha against its own code, its files, the miniature, runs, samples, scores, mistakes."""
-
+"""03_pixart_t2i.py and lab/scores.py: PixArt-alpha against its own code, its files, Algorithm 2 by
+hand, runs, samples, scores, and mistakes."""
+import copy
 import importlib
 import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, difference, norm, trained, vector
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 import common
+from common import UserError, draw_latents, lambda_edm, seed_step
 
 t2i = importlib.import_module("03_pixart_t2i")
-ROOT = Path(__file__).parent.parent
+scores, shapes = importlib.import_module("lab.scores"), importlib.import_module("lab.shapes")
 FIXTURES = ROOT / "tests" / "fixtures"
-PIXART = FIXTURES / "pixart"
+PIXART, CASE = FIXTURES / "pixart", np.load(FIXTURES / "io-t2i.npz")
 RELEASE = PIXART / "original-plain-release.pth"
 IO = {name: torch.from_numpy(array) for name, array in np.load(PIXART / "io.npz").items()}
+X, COND = IO["x"][:, :4], (IO["y"], IO["mask"])
+BIAS = "blocks.1.mlp.fc1.bias"
 
 
 def close(a, b, tolerance):
@@ -37,73 +46,52 @@ def release():
     return t2i.load_pixart(RELEASE, num_heads=4)
 
 
-def original_waves(monkeypatch):
-    """The original takes exp in float32 of a GPU's or another library's kind: three of 128 frequencies differ
-    in the last digit. With its own waves, float64 must agree to float64."""
-    sinusoids = t2i.sinusoids
-
-    def waves(positions, dim, cosine_first=False):
-        return IO["time_proj"] if cosine_first else sinusoids(positions, dim)
-
-    monkeypatch.setattr(t2i, "sinusoids", waves)
-
-
-# ---- The transformer ----
+# ---- the transformer ----
 @pytest.mark.parametrize("case", ["original", "nomask", "null"])
+@torch.no_grad()
 def test_pixart_equals_the_original(release, case, monkeypatch):
-    x, t, y, mask = (IO[name] for name in ("x", "t", "y", "mask"))
-    if case == "null":
-        y = release.y_embedder.y_embedding.expand_as(y)
+    x, t, y, mask = [IO[name] for name in ("x", "t", "y", "mask")]
+    y = release.y_embedder.y_embedding.expand_as(y) if case == "null" else y
     mask = None if case == "nomask" else mask
-    with torch.no_grad():
-        close(release(x, t, y, mask), IO[f"out_{case}_f32"], 1e-5)
-        double = t2i.load_pixart(RELEASE, num_heads=4).double()
-        original_waves(monkeypatch)
-        close(double(x.double(), t, y.double(), mask), IO[f"out_{case}_f64"], 1e-10)
+    close(release(x, t, y, mask), IO[f"out_{case}_f32"], 1e-5)
+    double, sinusoids = t2i.load_pixart(RELEASE, num_heads=4).double(), t2i.sinusoids
+    assert (sinusoids(t.float(), 256, cosine_first=True) - IO["time_proj"]).abs().max() < 1e-4
+    monkeypatch.setattr(t2i, "sinusoids", lambda v, dim, cosine_first=False: (
+        IO["time_proj"] if cosine_first else sinusoids(v, dim)))  # float32's exp: 3 of 128 differ
+    close(double(x.double(), t, y.double(), mask), IO[f"out_{case}_f64"], 1e-10)
 
 
-def test_float64_differs_from_the_original_by_its_float32_waves_alone(release):
-    ours = t2i.sinusoids(IO["t"].float(), 256, cosine_first=True)
-    assert (ours - IO["time_proj"]).abs().max() < 1e-4
-
-
-def test_heads_matter():
-    net = t2i.load_pixart(RELEASE, num_heads=2)
-    x, t, y, mask = (IO[name] for name in ("x", "t", "y", "mask"))
-    with pytest.raises(AssertionError):
-        close(net(x, t, y, mask), IO["out_original_f32"], 1e-2)
-
-
-def test_padding_does_not_matter_under_a_mask(release):
-    x, t, y, mask = (IO[name] for name in ("x", "t", "y", "mask"))
+@torch.no_grad()
+def test_heads_and_masks_matter(release):
+    x, t, y, mask = [IO[name] for name in ("x", "t", "y", "mask")]
     noise = torch.where(mask[..., None].bool(), y, torch.randn_like(y))
-    close(release(x, t, noise, mask), release(x, t, y, mask), 1e-6)
+    close(release(x, t, noise, mask), IO["out_original_f32"], 1e-5)  # padding is not seen
+    two_heads = t2i.load_pixart(RELEASE, num_heads=2)(x, t, y, mask)
+    assert (two_heads - IO["out_original_f32"]).norm() > 0.01 * two_heads.norm()
 
 
 def test_full_size_has_the_published_names_and_shapes():
-    known = json.loads((PIXART / "shapes.json").read_text())
+    published = json.loads((PIXART / "shapes.json").read_text())
+    wanted = published["PixArt-XL-2-512x512"]
     with torch.device("meta"):
-        net = t2i.PixArt()
-    wanted = known["PixArt-XL-2-512x512"]
-    ours = {name: list(w.shape) for name, w in net.state_dict().items()}
-    theirs = {name: list(shape) for name, shape in wanted["shapes"].items()}
-    theirs.pop("pos_embed", None)
-    assert sum(w.numel() for w in net.parameters()) == wanted["params"]
+        net, decoder = t2i.PixArt(), t2i.VAEDecoder((128, 256, 512, 512), 2, 32)
+        theirs = {name: torch.zeros(shape) for name, shape in wanted["shapes"].items()}
+    ours = net.state_dict()
     if any(name.startswith("transformer_blocks") for name in theirs):
-        meta = {name: torch.zeros(shape, device="meta") for name, shape in theirs.items()}
-        theirs = {name: list(w.shape) for name, w in t2i.from_diffusers(meta).items()}
-        theirs.pop("pos_embed", None)
+        theirs = t2i.from_diffusers(theirs)
         ours.pop("y_embedder.y_embedding")
-    assert ours == theirs
+    theirs.pop("pos_embed", None)
+    assert {name: w.shape for name, w in ours.items()} == {k: w.shape for k, w in theirs.items()}
+    assert sum(w.numel() for w in net.parameters()) == wanted["params"]
+    assert (sum(w.numel() for w in decoder.parameters()) == 49_490_199
+            == published["sd-vae-ft-ema"]["decoder_params"])
 
 
-# ---- The preconditioning ----
+# ---- the preconditioning ----
 def test_the_noise_table_is_the_release_s():
     u = t2i.noise_table()
     close(u, IO["sim_u"].float(), 1e-6)
-    assert u[0].item() == pytest.approx(156.6155, rel=1e-5) and u[999].item() == pytest.approx(
-        0.0100008, rel=1e-4
-    )
+    assert u[[0, 999, 1000]].tolist() == pytest.approx([156.6155, 0.0100008, 0], rel=1e-4)
     index = (u - IO["sim_sigma"].float()[:, None]).abs().argmin(1)
     assert torch.equal(index, IO["sim_index"].long())
     assert torch.equal(999 - index, IO["sim_c_noise"].long())
@@ -117,27 +105,24 @@ class Spy(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_t_2_5_is_timestep_440(dtype):
-    net = t2i.PixArtPrecond(Spy())
+    net, t = t2i.PixArtPrecond(Spy()), torch.tensor([2.5, 156.6155, 0.01])
     x = torch.ones(3, 4, 2, 2, dtype=dtype)
-    t = torch.tensor([2.5, 156.6155, 0.01])
     assert torch.equal(net(x, t, None), x)
     assert net.model.seen[1].tolist() == [440, 999, 0]
     expected = (1 / (t**2 + 1).sqrt())[:, None, None, None].expand(3, 4, 2, 2)
     assert torch.allclose(net.model.seen[0].float(), expected, rtol=1e-2)
 
 
+@torch.no_grad()
 def test_the_denoiser_is_the_release_s(release):
     t = IO["sim_D_sigma"].float()
-    x = IO["x"][:, :4] * t[:, None, None, None]
-    out = t2i.PixArtPrecond(release)(x, t, IO["y"], IO["mask"])
-    close(out, IO["sim_D_x"], 1e-5)
+    close(t2i.PixArtPrecond(release)(X * t[:, None, None, None], t, *COND), IO["sim_D_x"], 1e-5)
 
 
-# ---- Files ----
-def write_pth(path, change=lambda state: state, wrap=lambda state: {"state_dict": state}):
+# ---- files ----
+def write_pth(path, change=dict, wrap=lambda state: {"state_dict": state}):
     state = torch.load(RELEASE, weights_only=True)
-    state = change(dict(state.get("state_dict", state)))
-    torch.save(wrap(state), path)
+    torch.save(wrap(change(dict(state.get("state_dict", state)))), path)
     return path
 
 
@@ -145,81 +130,67 @@ def half(state):
     return {name: w.half() if w.is_floating_point() else w for name, w in state.items()}
 
 
-def without_table(state):
-    return {name: w for name, w in state.items() if name != "pos_embed"}
+def drop(*names):
+    return lambda state: {name: w for name, w in state.items() if name not in names}
+
+
+def add(**tensors):
+    return lambda state: state | {name.replace("__", "."): w for name, w in tensors.items()}
 
 
 FORMS = {
-    "bare": (dict, lambda state: state),
-    "half": (half, lambda state: {"state_dict": state}),
-    "without pos_embed": (without_table, lambda state: {"state_dict": state}),
-    "training": (
-        dict,
-        lambda state: {"state_dict": state, "state_dict_ema": half(state), "epoch": 3, "optimizer": {}},
-    ),
-    "SIM-DiT": (
-        without_table,
-        lambda state: {
-            "ema": {f"module.model.{name}": w for name, w in state.items()} | {"module.u": torch.zeros(1001)}
-        },
-    ),
-}
+    "bare": (dict, lambda state: state), "half": (half,), "no table": (drop("pos_embed"),),
+    "training": (dict, lambda state: {"state_dict": state, "state_dict_ema": half(state),
+                                      "epoch": 3, "optimizer": {}}),
+    "SIM-DiT": (drop("pos_embed"), lambda state: {"ema": {
+        f"module.model.{name}": w for name, w in state.items()} | {
+        "module.u": torch.zeros(1001)}})}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_pth_is_read(tmp_path, release, form):
     net = t2i.load_pixart(write_pth(tmp_path / "a.pth", *FORMS[form]), num_heads=4)
-    for (name, a), b in zip(release.state_dict().items(), net.state_dict().values()):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), name
+    for (name, a), b in zip(release.state_dict().items(), net.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4) and b.dtype == torch.float32, name
     assert not any(w.requires_grad for w in net.parameters()) and not net.training
 
 
-def test_the_ema_is_preferred_on_request(tmp_path, release):
-    both = {"state_dict_ema": lambda state: {name: w + 1 for name, w in state.items() if name != "pos_embed"}}
-    path = write_pth(
-        tmp_path / "a.pth", wrap=lambda s: {"state_dict": s, "state_dict_ema": both["state_dict_ema"](s)}
-    )
-    with pytest.raises(common.UserError, match="no state_dict_ema"):
+def test_the_ema_is_preferred_on_request(tmp_path):
+    wrap = lambda state: {"state_dict": state, "state_dict_ema": {
+        name: w + 1 for name, w in state.items() if name != "pos_embed"}}
+    path = write_pth(tmp_path / "a.pth", wrap=wrap)
+    with pytest.raises(UserError, match="no state_dict_ema"):
         t2i.load_pixart(RELEASE, 4, prefer_ema=True)
-    bias = "final_layer.linear.bias"
-    plain, ema = (t2i.load_pixart(path, 4, prefer_ema=prefer) for prefer in (False, True))
-    assert torch.equal(plain.state_dict()[bias] + 1, ema.state_dict()[bias])
+    plain, ema = [t2i.load_pixart(path, 4, prefer_ema=prefer) for prefer in (False, True)]
+    assert torch.equal(plain.state_dict()[BIAS] + 1, ema.state_dict()[BIAS])
+
+
+THEIRS = {  # the other direction of the stage's table of names, written on its own
+    "x_embedder.proj": "pos_embed.proj", "t_block.1": "adaln_single.linear",
+    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+    "y_embedder.y_proj.fc": "caption_projection.linear_", "blocks.": "transformer_blocks.",
+    ".cross_attn.proj": ".attn2.to_out.0", ".attn.proj": ".attn1.to_out.0",
+    ".cross_attn.q_linear": ".attn2.to_q", ".mlp.fc1": ".ff.net.0.proj", ".mlp.fc2": ".ff.net.2",
+    "final_layer.linear": "proj_out", "final_layer.scale_shift_table": "scale_shift_table"}
 
 
 def to_diffusers(state):
-    """The other direction of the table of names, written on its own."""
     out = {}
-    for name, w in without_table(state).items():
-        if name == "y_embedder.y_embedding":
-            continue
-        for ours, theirs in (
-            ("x_embedder.proj", "pos_embed.proj"),
-            ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
-            ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"),
-            ("t_block.1", "adaln_single.linear"),
-            ("y_embedder.y_proj.fc", "caption_projection.linear_"),
-            ("blocks.", "transformer_blocks."),
-            (".cross_attn.proj", ".attn2.to_out.0"),
-            (".attn.proj", ".attn1.to_out.0"),
-            (".cross_attn.q_linear", ".attn2.to_q"),
-            (".mlp.fc1", ".ff.net.0.proj"),
-            (".mlp.fc2", ".ff.net.2"),
-            ("final_layer.linear", "proj_out"),
-            ("final_layer.scale_shift_table", "scale_shift_table"),
-        ):
-            name = name.replace(ours, theirs) if not (ours[0] == "." and "t_embedder" in name) else name
+    for name, w in drop("pos_embed", "y_embedder.y_embedding")(state).items():
+        for ours, theirs in THEIRS.items():
+            name = name.replace(ours, theirs)
         parts = {".attn.qkv": ("attn1", "qkv"), ".cross_attn.kv_linear": ("attn2", "kv")}
-        match = next((part for part in parts if part in name), None)
-        if match:
-            attention, letters = parts[match]
-            for letter, piece in zip(letters, w.chunk(len(letters))):
-                out[name.replace(match, f".{attention}.to_{letter}")] = piece.clone()
-        else:
+        joined = [part for part in parts if part in name]
+        if not joined:
             out[name] = w
+        for attention, letters in [parts[part] for part in joined]:
+            for letter, piece in zip(letters, w.chunk(len(letters))):
+                out[name.replace(*joined, f".{attention}.to_{letter}")] = piece.clone()
     return out
 
 
-def diffusers_folder(path, old=True, kind="safetensors", change=lambda state: state, **config):
+def diffusers_folder(path, old=True, kind="safetensors", change=dict, **config):
     (path / "transformer").mkdir(parents=True)
     config = {"num_attention_heads": 4, "num_layers": 2, "sample_size": 16} | config
     if not old:
@@ -232,425 +203,183 @@ def diffusers_folder(path, old=True, kind="safetensors", change=lambda state: st
 
 
 @pytest.mark.parametrize("old, kind", [(True, "safetensors"), (False, "bin")])
+@torch.no_grad()
 def test_a_diffusers_folder_is_read(tmp_path, old, kind):
     net = t2i.load_pixart(diffusers_folder(tmp_path / "a", old, kind))
-    x, t, y, mask = (IO[name] for name in ("x", "t", "y", "mask"))
-    close(net(x, t, y, mask), IO["out_diffusers_f32"], 1e-5)
+    close(net(IO["x"], IO["t"], *COND), IO["out_diffusers_f32"], 1e-5)
     assert net.y_embedder.y_embedding is None and net.net_args["input_size"] == 16
 
 
-def drop(name):
-    return lambda state: {key: w for key, w in state.items() if key != name}
-
-
-def with_nan(state):
-    return state | {"final_layer.linear.bias": torch.full_like(state["final_layer.linear.bias"], math.nan)}
-
-
-BIAS = "blocks.1.mlp.fc1.bias"
-BAD = {
-    "missing": (drop(BIAS), BIAS),
-    "superfluous": (lambda s: s | {"blocks.1.more": torch.ones(2)}, "blocks.1.more"),
-    "shape": (lambda s: s | {BIAS: torch.ones(7)}, BIAS),
-    "1024-MS": (lambda s: s | {"csize_embedder.mlp.0.weight": torch.ones(2)}, "1024-MS"),
-    "1024-MS, the rest": (lambda s: s | {"ar_embedder.mlp.0.weight": torch.ones(2)}, "1024-MS"),
+WRONG = {  # how a .pth is changed, and what the line says
+    "missing": (drop(BIAS), f"missing.*{BIAS}"),
+    "superfluous": (add(blocks__1__more=torch.ones(2)), "superfluous.*blocks.1.more"),
+    "shape": (add(blocks__1__mlp__fc1__bias=torch.ones(7)), f"{BIAS} is \\(7,\\), expected"),
+    "1024-MS": (add(csize_embedder__mlp__0__weight=torch.ones(2)), "csize_embedder.*256 or 512"),
     "no empty caption": (drop("y_embedder.y_embedding"), "y_embedder.y_embedding"),
-    "a tensor twice": (lambda s: s | {f"module.{BIAS}": s[BIAS]}, "twice"),
-    "a noise table": (lambda s: s | {"u": torch.ones(1001)}, "superfluous: u"),
-    "no first layer": (drop("x_embedder.proj.weight"), "missing: x_embedder.proj.weight"),
-    "NaN": (with_nan, "not finite"),
-    "another table": (lambda s: s | {"pos_embed": torch.zeros_like(s["pos_embed"])}, "position"),
-    "another file": (lambda s: {"weight": torch.ones(3)}, "x_embedder"),
-}
+    "twice": (lambda state: state | {f"module.{BIAS}": state[BIAS]}, "twice"),
+    "a noise table": (add(u=torch.ones(1001)), "superfluous: \\['u'"),
+    "no first layer": (drop("x_embedder.proj.weight"), "x_embedder.proj.weight"),
+    "not finite": (lambda s: s | {BIAS: torch.full_like(s[BIAS], math.nan)}, "not finite"),
+    "a table": (lambda s: s | {"pos_embed": torch.zeros_like(s["pos_embed"])}, "position embed"),
+    "a million blocks": (lambda s: s | {f"blocks.{10**6}.w": torch.ones(1)}, "depth is 1000001"),
+    "another file": (lambda state: {"weight": torch.ones(3)}, "x_embedder")}
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_pth_is_refused_by_name(tmp_path, case):
-    change, words = BAD[case]
-    with pytest.raises(common.UserError, match=words) as error:
+    change, words = WRONG[case]
+    with pytest.raises(UserError, match=words) as error:
         t2i.load_pixart(write_pth(tmp_path / "a.pth", change), num_heads=4)
     assert "\n" not in str(error.value)
 
 
 def test_damaged_and_dangerous_files_are_refused(tmp_path):
-    cut = tmp_path / "cut.pth"
-    cut.write_bytes(RELEASE.read_bytes()[:200_000])
-
     class Harm:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harm"),)
 
+    (tmp_path / "cut.pth").write_bytes(RELEASE.read_bytes()[:200_000])
     torch.save({"state_dict": {"a": Harm()}}, tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10" * 100)
     for name in ("cut.pth", "code.pth", "list.pth", "cut.safetensors", "nothing.pth"):
-        with pytest.raises(common.UserError) as error:
-            t2i.load_pixart(tmp_path / name)
-        assert "\n" not in str(error.value)
+        for read in (t2i.load_pixart, t2i.load_pipeline):
+            with pytest.raises(UserError) as error:
+                read(tmp_path / name)
+            assert name in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "harm").exists()
 
 
 def test_a_wrong_diffusers_folder_is_refused(tmp_path):
     name = "transformer_blocks.1.attn1.to_k.bias"
-    with pytest.raises(common.UserError, match="to_k"):
-        t2i.load_pixart(diffusers_folder(tmp_path / "a", change=drop(name)))
-    with pytest.raises(common.UserError, match="missing: blocks.2"):
-        t2i.load_pixart(diffusers_folder(tmp_path / "c", num_layers=3))
-    with pytest.raises(common.UserError, match="1024-MS"):
-        t2i.load_pixart(diffusers_folder(tmp_path / "b", interpolation_scale=2))
-    (tmp_path / "b" / "transformer" / "config.json").write_text("{")
-    with pytest.raises(common.UserError, match="config.json"):
-        t2i.load_pixart(tmp_path / "b")
+    cases = [({"change": drop(name)}, "to_k"), ({"num_layers": 3}, "missing.*blocks.2"),
+             ({"interpolation_scale": 2}, "1024-MS"), ({"num_attention_heads": 0}, "0 heads")]
+    for k, (options, words) in enumerate(cases):
+        with pytest.raises(UserError, match=words):
+            t2i.load_pixart(diffusers_folder(tmp_path / str(k), **options))
+    (tmp_path / "0" / "transformer" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        t2i.load_pixart(tmp_path / "0")
 
 
-# ---- The decoder ----
+def test_a_file_that_declares_a_million_layers_is_refused_at_once(tmp_path):
+    """Before anything of that size is built: T5's, the VAE's, PixArt's and a miniature's."""
+    for name, key in (("t5", "num_layers"), ("pixart/vae", "layers_per_block")):
+        shutil.copytree(FIXTURES / name, tmp_path / name)
+        config = json.loads((FIXTURES / name / "config.json").read_text()) | {key: 10**6}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    net, text = [sizes | {key: 10**6} for sizes, key in ((t2i.MINI_NET, "depth"),
+                                                         (t2i.MINI_TEXT, "num_layers"))]
+    for name, net_args in (("net", {"net": net, "text": t2i.MINI_TEXT}), ("pixart", net),
+                           ("text", {"net": t2i.MINI_NET, "text": text})):
+        common.save({"net_args": net_args, "state_dict": {}, "t_star": 1.0, "meta": {}},
+                    tmp_path / f"{name}.pt")
+    begun = time.time()
+    for read in (lambda: t2i.encode_prompts(tmp_path / "t5", ["a"]),
+                 lambda: t2i.load_vae_decoder(tmp_path / "pixart/vae"),
+                 lambda: t2i.load_pixart(diffusers_folder(tmp_path / "d", num_layers=10**6)),
+                 *[lambda name=name: t2i.load_pipeline(tmp_path / f"{name}.pt")
+                   for name in ("net", "pixart", "text")]):
+        with pytest.raises(UserError, match="1000000"):
+            read()
+    assert time.time() - begun < 10
+
+
+# ---- the decoder ----
+@torch.no_grad()
 def test_the_decoder_equals_diffusers():
     net = t2i.load_vae_decoder(PIXART / "vae")
-    known = {name: torch.from_numpy(array) for name, array in np.load(PIXART / "io-vae.npz").items()}
-    with torch.no_grad():
-        for kind, tolerance in (("f32", 1e-5), ("f64", 1e-10)):
-            net = net.double() if kind == "f64" else net
-            dtype = torch.float64 if kind == "f64" else torch.float32
-            for case in ("", "_nonsquare"):
-                close(net(known[f"latents{case}"].to(dtype)), known[f"decoded{case}_{kind}"], tolerance)
-
-
-def test_the_decoder_has_the_published_size():
-    with torch.device("meta"):
-        net = t2i.VAEDecoder((128, 256, 512, 512), 2, 32)
-    known = json.loads((PIXART / "shapes.json").read_text())["sd-vae-ft-ema"]
-    assert sum(w.numel() for w in net.parameters()) == known["decoder_params"] == 49_490_199
+    outputs = {name: torch.from_numpy(v) for name, v in np.load(PIXART / "io-vae.npz").items()}
+    for kind, dtype, limit in (("f32", torch.float32, 1e-5), ("f64", torch.float64, 1e-10)):
+        for case in ("", "_nonsquare"):
+            ours = net.to(dtype)(outputs[f"latents{case}"].to(dtype))
+            close(ours, outputs[f"decoded{case}_{kind}"], limit)
 
 
 def test_the_older_spelling_and_bin_files_are_read(tmp_path):
     state = load_file(PIXART / "vae" / "diffusion_pytorch_model.safetensors")
-    place = "decoder.mid_block.attentions.0."
-    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                     ("to_out.0", "proj_attn")):
         for kind in ("weight", "bias"):
-            state[f"{place}{old}.{kind}"] = state.pop(f"{place}{new}.{kind}")
+            place = "decoder.mid_block.attentions.0"
+            state[f"{place}.{old}.{kind}"] = state.pop(f"{place}.{new}.{kind}")
     state |= {"encoder.conv_in.bias": torch.zeros(3), "quant_conv.bias": torch.zeros(8)}
-    folder = tmp_path / "vae"
-    folder.mkdir()
-    torch.save(state, folder / "diffusion_pytorch_model.bin")
     config = json.loads((PIXART / "vae" / "config.json").read_text())
     config.pop("scaling_factor")  # as published
-    (folder / "config.json").write_text(json.dumps(config))
-    a, b = t2i.load_vae_decoder(tmp_path), t2i.load_vae_decoder(PIXART / "vae")
-    assert all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values()))
-    torch.save(state | {"more": torch.ones(1)}, folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(common.UserError, match="more"):
-        t2i.load_vae_decoder(tmp_path)
-    with pytest.raises(common.UserError, match="nothing"):
-        t2i.load_vae_decoder(tmp_path / "nothing")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    torch.save(state, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    old, new = [t2i.load_vae_decoder(folder) for folder in (tmp_path, PIXART / "vae")]
+    assert torch.equal(vector(old.parameters()), vector(new.parameters()))
+    assert old.scaling_factor == new.scaling_factor
+    torch.save(state | {"more": torch.ones(1)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    for folder, words in ((tmp_path, "more"), (tmp_path / "nothing", "nothing")):
+        with pytest.raises(UserError, match=words):
+            t2i.load_vae_decoder(folder)
 
 
-# ---- Text ----
+# ---- text ----
 def test_t5_equals_transformers_reference(capsys):
-    known = np.load(FIXTURES / "io-t5.npz")
-    prompts = json.loads(str(known["prompts"]))
-    for dtype, kind, tolerance in ((torch.float32, "f32", 1e-5), (torch.float64, "f64", 1e-10)):
+    case = np.load(FIXTURES / "io-t5.npz")
+    prompts = json.loads(str(case["prompts"]))
+    for dtype, kind, limit in ((torch.float32, "f32", 1e-5), (torch.float64, "f64", 1e-10)):
         embeddings, masks = t2i.encode_prompts(FIXTURES / "t5", prompts, dtype, batch=2)
-        assert embeddings.dtype == dtype and np.array_equal(masks, known["mask"])
-        close(embeddings, torch.from_numpy(known[f"emb_{kind}"]), tolerance)
+        assert embeddings.dtype == dtype and np.array_equal(masks, case["mask"])
+        close(embeddings, torch.from_numpy(case[f"emb_{kind}"]), limit)
     assert "more than 120 tokens" in capsys.readouterr().out
     assert masks[prompts.index("")].sum() == 1
+    captions = t2i.without_padding(zip(embeddings.split(2), masks.split(2)))
+    padded, again = t2i.pad([captions[k] for k in (2, 0, 2)], 120)
+    assert [len(caption) for caption in captions] == masks.sum(1).tolist()
+    assert torch.equal(again, masks[[2, 0, 2]])
+    assert torch.equal(padded, embeddings[[2, 0, 2]] * again[..., None])
 
 
 def test_a_t5_folder_that_lacks_something_is_refused(tmp_path):
-    def broken(name, change):
-        folder = tmp_path / name
-        shutil.copytree(FIXTURES / "t5", folder)
-        change(folder)
-        with pytest.raises(common.UserError) as error:
-            t2i.encode_prompts(folder, ["a"])
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
     def remove_tensor(folder):
         file = folder / "pytorch_model-00002-of-00002.bin"
         state = torch.load(file, weights_only=True)
-        name = sorted(state)[0]
-        torch.save({key: w for key, w in state.items() if key != name}, file)
+        torch.save(drop(sorted(state)[0])(state), file)
 
-    assert "lacks" in broken("tensor", remove_tensor)
-    broken("words", lambda folder: (folder / "spiece.model").unlink())
-    broken("weights", lambda folder: (folder / "pytorch_model-00001-of-00002.bin").unlink())
-    broken("config", lambda folder: (folder / "config.json").write_text("{"))
-    with pytest.raises(common.UserError, match="does not exist"):
-        t2i.encode_prompts(tmp_path / "nothing", ["a"])
-
-
-def test_captions_lose_their_padding_and_get_it_back():
-    embeddings, masks = t2i.encode_prompts(FIXTURES / "t5", ["a dog", "", "two dogs and a cat"])
-    bank = t2i.Captions.pack(zip(embeddings.split(2), masks.split(2)))
-    assert len(bank) == 3 and len(bank.tokens) == masks.sum()
-    captions, again = bank[torch.tensor([2, 0, 2])]
-    assert torch.equal(again, masks[[2, 0, 2]])
-    assert torch.equal(captions, embeddings[[2, 0, 2]] * again[..., None])
+    changes = {"lacks": remove_tensor, "spiece": lambda f: (f / "spiece.model").unlink(),
+               "weights": lambda f: (f / "pytorch_model-00001-of-00002.bin").unlink(),
+               "config": lambda f: (f / "config.json").write_text("{"), "nothing": shutil.rmtree}
+    for name, change in changes.items():
+        change(shutil.copytree(FIXTURES / "t5", tmp_path / name))
+        with pytest.raises(UserError, match=name) as error:
+            t2i.encode_prompts(tmp_path / name, ["a"])
+        assert "\n" not in str(error.value)
 
 
 def test_prompt_files(tmp_path):
-    files = {
-        "a.txt": "a cat\n\n  a dog \n",
-        "b.csv": 'id,prompt\n1,"a cat"\n2,\n3,a dog\n',
-        "c.jsonl": '{"prompt": "a cat"}\n\n{"prompt": "a dog"}\n',
-    }
+    files = {"a.txt": "\ufeffa cat\r\n\n  a dog \n", "empty.txt": " \n\n", "b.csv": "prompt\na\n",
+             "c.jsonl": "{}\n"}
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        assert t2i.read_prompts(tmp_path / name) == ["a cat", "a dog"]
-    bad = {
-        "empty.txt": " \n\n",
-        "other.csv": "text\na\n",
-        "bad.jsonl": "{\n",
-        "number.jsonl": '{"prompt": 3}\n',
-    }
-    for name, text in bad.items():
-        (tmp_path / name).write_text(text)
-    for name in (*bad, "nothing.txt"):
-        with pytest.raises(common.UserError, match=name) as error:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert t2i.read_prompts(tmp_path / "a.txt") == ["a cat", "a dog"]
+    for name in ("empty.txt", "nothing.txt", "b.csv", "c.jsonl"):
+        with pytest.raises(UserError, match=f"{name} cannot be used .*one prompt a line") as error:
             t2i.read_prompts(tmp_path / name)
         assert "\n" not in str(error.value)
-    assert t2i.read_prompts(tmp_path / "other.csv", "text") == ["a"]
 
 
-# ---- Guidance, the sampler, memory ----
-def test_guidance(release):
-    net = t2i.PixArtPrecond(release)
-    x, y, mask = IO["x"][:, :4], IO["y"], IO["mask"]
-    t = torch.full((3, 1, 1, 1), 2.5)
-    empty = release.y_embedder.y_embedding.expand_as(y)
-    with torch.no_grad():
-        plain, free = net(x, t, y, mask), net(x, t, empty, mask)
-        assert torch.equal(t2i.Guided(net, 1.0)(x, t, y, mask), plain)
-        close(t2i.Guided(net, 4.5)(x, t, y, mask), free + 4.5 * (plain - free), 1e-5)  # all four channels
-        assert not torch.allclose(free, plain)
-
-
-def test_guidance_without_an_embedding_of_its_own(tmp_path):
-    """A diffusers folder has none: the empty caption and its own mask take its place."""
-    net = t2i.PixArtPrecond(t2i.load_pixart(diffusers_folder(tmp_path / "a")))
-    x, y, mask = IO["x"][:, :4], IO["y"], IO["mask"]
-    t, blank, blank_mask = torch.full((3, 1, 1, 1), 2.5), torch.randn(12, 32), torch.tensor([1] + [0] * 11)
-    with torch.no_grad():
-        plain, free = net(x, t, y, mask), net(x, t, blank.expand_as(y), blank_mask.expand_as(mask))
-        close(t2i.Guided(net, 3.0, blank, blank_mask)(x, t, y, mask), free + 3 * (plain - free), 1e-5)
-
-
-@pytest.mark.parametrize("solver", [common.dpm_solver, common.edm_sampler])
-def test_samplers_are_of_second_order(solver):
-    """A Gaussian's denoiser, where the flow is x(t) ~ sqrt(s^2 + t^2)."""
-    s, z = 0.7, torch.randn(200, 3, dtype=torch.float64)
-    denoise = lambda x, t: x * s**2 / (s**2 + t**2)
-    exact = 80 * z * s / (s**2 + 80**2) ** 0.5
-    errors = [(solver(denoise, z, num_steps=n) - exact).norm() / exact.norm() for n in (20, 40, 80)]
-    assert errors[0] < 0.05 and all(b < a / 3 for a, b in zip(errors, errors[1:]))
-
-
-def test_live_counts_bytes():
-    with t2i.Live() as live:
-        a = torch.zeros(1000)
-        b = a.view(10, 100) + 1
-        assert live.bytes == 8000
-        del b
-        c = a.double()
-        assert live.bytes == 12000 and live.peak == 12000 and c.shape == a.shape
-
-
-def test_checkpointing_saves_memory(monkeypatch):
-    peaks, sizes = [], t2i.MINI_NET | {"depth": 3, "hidden_size": 64, "num_heads": 2, "input_size": 32}
-    monkeypatch.setattr(t2i, "MINI_NET", sizes)
-    for checkpointing in (True, False):
-        args = t2i.parse(["--batch", "4", "--batch-gpu", "4", "--preset", "miniature", "--guidance", "3"])
-        args.checkpointing = checkpointing
-        common.settle(args, t2i.PRESETS["miniature"])
-        weights, kept, peak = t2i.peak_memory(args)
-        assert weights * 1.9 < kept < peak
-        peaks.append(peak - kept)
-    assert peaks[0] < 0.6 * peaks[1]
-    assert type(t2i.noise_table()) is torch.Tensor  # nothing of it is kept
-
-
-@pytest.mark.slow
-def test_the_full_size_fits_into_40_gb():
-    args = t2i.parse(["--batch-gpu", "8", "--preset", "paper"])
-    common.settle(args, t2i.PRESETS["paper"])
-    assert t2i.peak_memory(args)[2] * 2**30 < 40e9
-
-
-def test_bench(capsys):
-    t2i.main(["--bench", "--teacher", "miniature", "--batch", "4", "--steps", "2", "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert "theta update" in out and "of the peak" in out
-
-
-# ---- Runs of PixArt's own files ----
-TEXTS = ["a cat", "two dogs on a sofa", "", "a red house", "the sea at night"]
-FILES = ["--t5", str(FIXTURES / "t5"), "--vae", str(PIXART / "vae"), "--device", "cpu"]
-OPTIONS = [
-    "--steps",
-    "3",
-    "--batch",
-    "8",
-    "--batch-gpu",
-    "8",
-    "--lr",
-    "1e-2",
-    "--adam-eps",  # else the sign of a gradient near 0, which is rounding, moves a weight by lr
-    "1",
-    "--amp",
-    "none",
-    "--no-checkpointing",
-]
-
-
-def pixart_run(tmp_path, name, *options, teacher=RELEASE):
-    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
-    command = [
-        "--teacher",
-        str(teacher),
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        *FILES,
-        *OPTIONS,
-        *options,
-    ]
-    command += ["--out", str(tmp_path / name)]
-    t2i.main(command)
-    return tmp_path / name
-
-
-def killed_at(step, advance=common.Log.advance):
-    """In place of Log.advance: the run dies in its step, after the weights have moved."""
-
-    def dies(log):
-        if log.step == step:
-            raise KeyboardInterrupt
-        advance(log)
-
-    return dies
-
-
-def weights(folder):
-    state = torch.load(folder / "ckpt.pt", weights_only=True)
-    return torch.cat([w.flatten() for part in ("d_psi", "g", "g_ema") for w in state[part].values()])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    place = tmp_path_factory.mktemp("pixart")
-    here = os.getcwd()
-    os.chdir(place)  # checkpoints/ is where a run is started
-    yield pixart_run(place, "whole")
-    os.chdir(here)
-
-
-def test_a_run_leaves_what_it_should(whole):
-    assert {"ckpt.pt", "g_ema.pt", "samples.png", "metrics.json", "log.jsonl"} <= {
-        f.name for f in whole.iterdir()
-    }
-    args = json.loads((whole / "args.json").read_text())
-    assert (args["guidance"], args["t_star"], args["t_min"], args["psi_mean"]) == (4.5, 2.5, 0.01, -2.0)
-    assert args["truncate"] == "clamp" and args["weight_psi"] == "one" and len(args["teacher_sha256"]) == 64
-    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 3 and lines[-1]["divergence"] > 0 and lines[-1]["images_s"] > 0
-    start, end = t2i.load_pixart(RELEASE), torch.load(whole / "ckpt.pt", weights_only=True)
-    moved = {name: not torch.equal(w, start.state_dict()[name[6:]]) for name, w in end["g"].items()}
-    assert moved.pop("model.y_embedder.y_embedding") is False
-    assert all(moved.values()), [name for name, m in moved.items() if not m]
-
-
-def test_prompts_are_encoded_once(whole, monkeypatch):
-    files = list((whole.parent / "checkpoints").glob("captions-*.pt"))
-    assert len(files) == 1
-    monkeypatch.setattr(t2i, "load_text_encoder", lambda *_: 1 / 0)
-    again = pixart_run(whole.parent, "again")
-    assert torch.equal(weights(again), weights(whole))
-
-
-@pytest.mark.parametrize("option", ["--checkpointing", "--batch-gpu"])
-def test_checkpointing_and_accumulation_change_nothing(whole, option):
-    other = pixart_run(whole.parent, option[2:], option, *["2"][: option == "--batch-gpu"])
-    difference = (weights(other) - weights(whole)).norm() / weights(whole).norm()
-    assert difference == 0 if option == "--checkpointing" else difference < 1e-6
-
-
-@pytest.mark.slow
-def test_two_ranks_give_one_process_s_weights(whole):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [
-        "--",
-        ROOT / "03_pixart_t2i.py",
-        "--teacher",
-        RELEASE,
-        "--prompts",
-        whole.parent / "prompts.txt",
-    ]
-    command += [*FILES, *OPTIONS, "--batch-gpu", "2", "--out", whole.parent / "ranks"]
-    done = subprocess.run(command, cwd=whole.parent, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert (weights(whole.parent / "ranks") - weights(whole)).norm() / weights(whole).norm() < 1e-6
-
-
-def test_a_killed_run_continues_bit_for_bit(whole, monkeypatch):
-    options = ["--save-every", "1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Log, "advance", killed_at(1))
-        with pytest.raises(SystemExit):
-            pixart_run(whole.parent, "killed", *options)
-    assert torch.load(whole.parent / "killed" / "ckpt.pt", weights_only=True)["log"]["step"] == 1
-    assert torch.equal(weights(pixart_run(whole.parent, "killed", *options)), weights(whole))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--truncate", "resample", "--guidance", "1"],
-        ["--amp", "bf16", "--checkpointing", "--method", "sid"],
-        ["--distance", "l2", "--method", "di", "--psi-updates", "2"],
-    ],
-)
-def test_settings(whole, options):
-    folder = pixart_run(whole.parent, "-".join(options), *options, "--steps", "1")
-    line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    assert math.isfinite(line["loss_theta"]) and line["y_norm"] > 0
-
-
-def test_a_diffusers_folder_as_the_teacher(whole, monkeypatch):
-    """Its empty caption is T5's of the empty text, and captions cached for another length do not serve."""
-    seen = []
-    guided = t2i.Guided
-    monkeypatch.setattr(t2i, "Guided", lambda *options: seen.append(guided(*options)) or seen[-1])
-    pixart_run(
-        whole.parent, "from-diffusers", "--steps", "1", teacher=diffusers_folder(whole.parent / "pipeline")
-    )
-    empty, mask = t2i.encode_prompts(FIXTURES / "t5", [""], torch.bfloat16)
-    assert seen[0].empty.shape == (120, 32) and torch.equal(seen[0].empty_mask, mask[0])
-    assert torch.equal(seen[0].empty[:1], empty[0, :1])
-
-
-def test_other_prompts_are_another_run(whole, capsys):
-    folder = pixart_run(whole.parent, "prompts", "--steps", "1")
-    other = whole.parent / "other.txt"
-    other.write_text("a horse\n")
-    command = ["--teacher", RELEASE, "--prompts", other, *FILES, *OPTIONS, "--steps", "1", "--out", folder]
-    with pytest.raises(SystemExit):
-        t2i.main([str(word) for word in command])
-    assert "prompts_sha256" in capsys.readouterr().err
-
-
-def test_a_mistake_leaves_no_folder(whole, capsys):
-    with pytest.raises(SystemExit):
-        pixart_run(whole.parent, "mistaken", "--t5", "nowhere")
-    assert not (whole.parent / "mistaken").exists()
-
-
-def test_bf16_agrees_with_float32(release):
-    net, x, cond = t2i.PixArtPrecond(release), IO["x"][:, :4], (IO["y"], IO["mask"])
-    t = torch.full((3, 1, 1, 1), 2.5)
-    with torch.no_grad():
-        exact, rounded = (t2i.given_caption(net, cond, amp)(x, t) for amp in ("none", "bf16"))
-    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
-    close(rounded - x, exact - x, 0.02)
+# ---- guidance and samplers ----
+@torch.no_grad()
+def test_guidance(release, tmp_path):
+    """All four channels; a network of diffusers has no y_embedding and takes the caption of ''."""
+    t, blank = torch.full((3, 1, 1, 1), 2.5), torch.randn(5, 32)
+    theirs = t2i.load_pixart(diffusers_folder(tmp_path / "a"))
+    for net, empty in ((release, release.y_embedder.y_embedding),
+                       (theirs, F.pad(blank, (0, 0, 0, 115)))):
+        net = t2i.PixArtPrecond(net)
+        caption, mask = [F.pad(v, [0, 0] * (v.ndim - 2) + [0, len(empty) - v.shape[1]])
+                         for v in COND]
+        empty_mask = (torch.arange(120) < 5).long().expand_as(mask) if len(empty) == 120 else mask
+        plain, free = net(X, t, caption, mask), net(X, t, empty.expand_as(caption), empty_mask)
+        assert torch.equal(t2i.Guided(net, 1.0, blank)(X, t, caption, mask), plain)
+        guided = t2i.Guided(net, 4.5, blank)(X, t, caption, mask)
+        close(guided, free + 4.5 * (plain - free), 1e-5)
+        assert not torch.allclose(free, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver, calls", [("dpm", 5), ("heun", 9)])
@@ -658,301 +387,477 @@ def test_the_teacher_is_sampled_at_its_own_times(release, solver, calls):
     seen = []
     hook = release.register_forward_hook(lambda net, inputs, out: seen.append(inputs[1][0].item()))
     guided = t2i.Guided(t2i.PixArtPrecond(release), 1.0)
-    t2i.sample_teacher(guided, torch.randn(3, 4, 16, 16), IO["y"], IO["mask"], num_steps=5, solver=solver)
+    t2i.sample_teacher(guided, torch.randn(3, 4, 16, 16), *COND, num_steps=5, solver=solver)
     hook.remove()
-    assert len(seen) == calls and seen[0] == 999 and seen[-1] == 0
+    assert len(seen) == calls and seen[0] == 999 and seen[-1] == 0  # 156.6155 and 0.01
+    assert t2i.PixArtPrecond.span == {"sigma_min": 0.01, "sigma_max": 156.6155}
 
 
-def test_the_times_of_training(whole, monkeypatch):
-    seen = []
-    diffuse = common.diffuse
-    monkeypatch.setattr(common, "diffuse", lambda x, t, eps=None: seen.append(t) or diffuse(x, t, eps))
-    pixart_run(whole.parent, "times", "--batch", "64", "--batch-gpu", "64", "--guidance", "1", "--steps", "2")
-    t = torch.cat(seen).flatten()
-    assert t.min() == pytest.approx(0.01) and t.max() <= 156.6156
-    assert t.log().mean() == pytest.approx(-1.97, abs=0.3)  # of exp(-2 + 2 N), clamped at 0.01
-    assert 0.05 < (t <= 0.0101).float().mean() < 0.15  # 9.6 %
+@torch.no_grad()
+def test_bf16_agrees_with_float32(release):
+    net, t = t2i.PixArtPrecond(release), torch.full((1, 1, 1, 1), 2.5)
+    exact, rounded = [t2i.bind_caption(net, COND, amp)(X, t) for amp in ("none", "bf16")]
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    close(rounded - X, exact - X, 0.02)
 
 
-# ---- Samples ----
+# ---- Algorithm 2 ----
+def test_presets():
+    """B.3 of arXiv 2410.16794v1, typed from there; guidance is PixArt's own, eps and EMA SiD's."""
+    b_3 = {"method": "sim", "steps": 16_000, "batch": 1024, "lr": 5e-6, "anneal": "none",
+           "t_star": 2.5, "p_mean": -2.0, "p_std": 2.0, "psi_mean": -2.0, "psi_std": 2.0,
+           "t_min": 0.01, "t_max": 156.6155, "psi_updates": 1, "weight_psi": "one", "amp": "bf16",
+           "guidance": 4.5, "adam_eps": 1e-8, "ema_half_life": 5e5}
+    assert {name: t2i.PRESETS["paper"][name] for name in b_3} == b_3
+    args = t2i.stage_parser().parse_args([])
+    assert args.distance == "phuber,c=0.001" and args.weight is None and args.truncate == "clamp"
+    assert t2i.PRESETS["miniature"]["weight_psi"] == "edm"
+
+
+@pytest.mark.parametrize("truncate", ["clamp", "resample"])
+def test_what_an_update_draws(truncate):
+    """z is t* times standard normal; t comes from the phase's own options; all prompts come."""
+    args = SimpleNamespace(batch=20_000, t_star=2.5, psi_mean=-2.0, psi_std=2.0, p_mean=0.0,
+                           p_std=0.5, t_min=0.01, t_max=156.6155, truncate=truncate,
+                           batch_gpu=15_000)
+    d_q = SimpleNamespace(image_shape=(1, 1, 2), tokens=3)
+    captions = [torch.full((1 + k % 3, 1), float(k)) for k in range(5)]
+    for phase, mean, std in (("psi", -1.97, 1.95), ("theta", 0.0, 0.5)):
+        random = torch.Generator().manual_seed(0)
+        parts = list(t2i.draw_batch(args, d_q, captions, phase, random))
+        assert [len(z) for z, *_ in parts] == [15_000, 5000]
+        z, t, eps = [torch.cat(v) for v in list(zip(*parts))[:3]]
+        assert [z.std().item(), eps.std().item()] == pytest.approx([2.5, 1], rel=0.02)
+        assert (z * eps).mean().abs() < 0.05 and t.shape == (20_000, 1, 1, 1)
+        assert t.min() >= 0.01 and t.max() <= 156.6156
+        at_end = (t <= 0.010001).float().mean().item()
+        expected = 0.0964 if phase == "psi" and truncate == "clamp" else 0  # N(0, 1) below -1.30
+        assert at_end == pytest.approx(expected, abs=0.01)
+        if truncate == "clamp":
+            assert [t.log().mean(), t.log().std()] == pytest.approx([mean, std], abs=0.15)
+        which = torch.cat([cond[0].amax((1, 2)) for *_, cond in parts])
+        assert all((which == k).float().mean() == pytest.approx(0.2, abs=0.02) for k in range(5))
+        lengths = torch.cat([cond[1].sum(1) for *_, cond in parts])
+        assert torch.equal(lengths, 1 + which.long() % 3)
+
+
+PROMPTS = ["a red ring", "a large blue bar", "no", "a small white cross on a black background"]
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """A miniature, random but always the same, smaller than the embedded one, as a file."""
+    torch.manual_seed(0)
+    sizes = {"net": t2i.MINI_NET | {"hidden_size": 32, "depth": 2, "num_heads": 2},
+             "text": t2i.MINI_TEXT}
+    state = t2i.Miniature(**sizes).state_dict()
+    meta = {"prompts": PROMPTS, "tested": PROMPTS[::-1] * 2, "mu": torch.zeros(32),
+            "sigma": torch.eye(32), "fd_real": 0.5}
+    path = tmp_path_factory.mktemp("mini") / "tiny.pt"
+    common.save({"net_args": sizes, "state_dict": state, "t_star": 5.0, "meta": meta}, path)
+    return path
+
+
+TYPED = """--steps 8 --batch 4 --batch-gpu 4 --lr 1e-3 --anneal linear --adam-eps 1e-2 --seed 3
+    --guidance 3 --t-star 2 --p-mean -4 --p-std 1.5 --psi-mean 0.5 --psi-std 0.4 --amp none
+    --no-checkpointing --device cpu""".split()
+
+
+def mini_run(mini, folder, *options):
+    t2i.main(["--teacher", str(mini), *TYPED, "--out", str(folder), *options])
+    return folder
+
+
+def train_alone(args, run, d_q, captions, judge):
+    t2i.train(args, d_q, captions, run, dict)
+
+
+def by_hand(file, guidance, weight_psi, low=0.0, high=math.inf, resample=False):
+    """-> what `trained` returns of a run of TYPED from this file, in plain torch."""
+    pipeline, _, meta = t2i.load_pipeline(file)
+    captions, d_q = pipeline.encode(meta["prompts"]), pipeline.net
+    empty, gradients = d_q.model.y_embedder.y_embedding, {}
+    d_psi, g, g_ema = [copy.deepcopy(d_q) for _ in range(3)]
+    adams = {net: torch.optim.Adam(net.parameters(), 1e-3, (0.0, 0.999), 1e-2)
+             for net in (d_psi, g)}
+    for step in range(8):
+        random = seed_step(3, step)
+        draw = lambda *size, random=random: torch.randn(size, generator=random)
+        for learns, still, mean, std in ((d_psi, g, 0.5, 0.4), (g, d_psi, -4, 1.5)):
+            z, eps, t = [draw(4, 3, 16, 16), draw(4, 3, 16, 16), (mean + std * draw(4)).exp()]
+            while resample and (outside := (t < low) | (t > high)).any():
+                t[outside] = (mean + std * draw(outside.sum())).exp()
+            t = t.clamp(low, high).reshape(4, 1, 1, 1)
+            chosen = [captions[k] for k in torch.randint(4, (4,), generator=random)]
+            caption = torch.stack([F.pad(c, (0, 0, 0, 48 - len(c))) for c in chosen])
+            mask = torch.tensor([[k < len(c) for k in range(48)] for c in chosen])
+            learns.requires_grad_(True)
+            still.requires_grad_(False)
+            x_0 = g(2 * z, 2.0, caption, mask)
+            x_t = x_0 + t * eps
+            f = d_psi(x_t, t, caption, mask)
+            loss = weight_psi(t) * (f - x_0)**2
+            if learns is g:
+                free = d_q(x_t, t, empty.expand_as(caption), mask)
+                y = f - (free + guidance * (d_q(x_t, t, caption, mask) - free))
+                loss = -y / norm(y, 0.001) * (f - x_0)
+            adams[learns].param_groups[0]["lr"] = 1e-3 * (1 - step / 8)
+            adams[learns].zero_grad()
+            (loss.sum() / 4).backward()
+            gradients[learns] = vector(w.grad for w in learns.parameters())
+            adams[learns].step()
+        beta = 0.5**(4 / (0.05 * 4 * step)) if step else 0
+        for a, b in zip(g_ema.parameters(), g.parameters()):
+            a.data = beta * a.data + (1 - beta) * b.data
+    start = vector(d_q.state_dict().values())
+    nets = [vector(net.state_dict().values()) - start for net in (d_psi, g, g_ema)]
+    return nets + [gradients[d_psi], gradients[g]], start
+
+
+@pytest.mark.parametrize("options, settings", [
+    ("", {"weight_psi": lambda_edm}),
+    ("--preset paper", {"weight_psi": torch.ones_like, "low": 0.01, "high": 156.6155}),
+    ("--preset paper --truncate resample",
+     {"weight_psi": torch.ones_like, "low": 0.01, "high": 156.6155, "resample": True})])
+def test_train_is_algorithm_2_with_guidance(options, settings, mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(t2i, "distil", train_alone)
+    expected, start = by_hand(mini, 3, **settings)
+    run = trained(mini_run(mini, tmp_path / "run", *options.split()), start)
+    assert difference(run, expected) < 1e-3
+    if not options:  # the teacher is guided, and the run would show it if it were not
+        assert difference(run, by_hand(mini, 1, **settings)[0]) > 0.05
+
+
+# ---- runs of PixArt's own files ----
+TEXTS = ["a cat", "two dogs on a sofa", "", "a red house", "the sea at night"]
+FILES = ["--t5", str(FIXTURES / "t5"), "--vae", str(PIXART / "vae"), "--device", "cpu"]
+OPTIONS = ("--steps 3 --batch 8 --batch-gpu 8 --lr 1e-2 --adam-eps 1 --amp none "
+           "--no-checkpointing").split()  # eps: else rounding is the sign of a gradient near 0
+
+
+def pixart_run(place, name, *options, teacher=RELEASE):
+    """-> the run's folder. Only the run "whole" looks at pictures, which takes long."""
+    prompts = place / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS))
+    with pytest.MonkeyPatch.context() as patch:
+        if name != "whole":
+            patch.setattr(t2i.Judge, "__call__", lambda *_: (torch.zeros(4, 3, 8, 8), {}))
+        t2i.main(["--teacher", str(teacher), "--prompts", str(prompts), *FILES, *OPTIONS,
+                  "--out", str(place / name), *options])
+    return place / name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pixart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)  # checkpoints/ is where a run is started
+        yield pixart_run(place, "whole")
+
+
+def test_a_run_leaves_what_it_should(whole):
+    assert {path.name for path in whole.glob("[!.]*")} == {
+        "args.json", "ckpt.pt", "g_ema.pt", "log.jsonl", "metrics.json", "samples", "samples.png"}
+    args, metrics = [json.loads((whole / f"{name}.json").read_text())
+                     for name in ("args", "metrics")]
+    wanted = {"guidance": 4.5, "t_star": 2.5, "t_min": 0.01, "t_max": 156.6155, "psi_mean": -2.0,
+              "p_std": 2.0, "truncate": "clamp", "weight_psi": "one", "preset": "paper"}
+    assert wanted.items() <= args.items() and args["teacher_sha256"] == common.sha256(RELEASE)
+    assert len(args["prompts_sha256"]) == 64 and args["vae"] == str(PIXART / "vae")
+    assert metrics.keys() == {"method", "distance", "guidance", "seed", "steps", "batch", "seconds",
+                              "teacher", "one step"}
+    assert metrics["one step"].keys() == {"ms_image", "steps"} == metrics["teacher"].keys()
+    line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 3 and line["divergence"] > 0 and line["images_s"] > 0
+    start = t2i.load_pixart(RELEASE).state_dict()
+    end = torch.load(whole / "ckpt.pt", weights_only=True)["g"]
+    still = {name for name, w in end.items() if torch.equal(w, start[name.removeprefix("model.")])}
+    assert still == {"model.y_embedder.y_embedding"}
+
+
+def test_prompts_are_encoded_once(whole, monkeypatch, refused):
+    assert len(list((whole.parent / "checkpoints").glob("captions-*.pt"))) == 1
+    monkeypatch.setattr(t2i, "load_text_encoder", lambda *_: 1 / 0)
+    again = pixart_run(whole.parent, "again")
+    assert all(map(torch.equal, trained(again), trained(whole)))
+
+
+def test_other_prompts_are_another_run(whole, tmp_path, refused):
+    (tmp_path / "other.txt").write_text("a horse\n")
+    line = refused(t2i.main, ["--teacher", RELEASE, "--prompts", tmp_path / "other.txt", *FILES,
+                              *OPTIONS, "--out", whole])
+    assert "prompts_sha256" in line and "--fresh" in line
+
+
+@pytest.mark.parametrize("options, limit", [("--checkpointing", 0), ("--batch-gpu 3", 1e-5)])
+def test_checkpointing_and_micro_batches_change_nothing(whole, options, limit):
+    start = vector(t2i.PixArtPrecond(t2i.load_pixart(RELEASE)).state_dict().values())
+    other = pixart_run(whole.parent, options[2:], *options.split())  # 3 + 3 + 2
+    assert difference(trained(other, start), trained(whole, start)) <= limit
+
+
+@pytest.mark.slow
+def test_two_ranks_give_one_process_s_weights(whole):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    typed = ["--teacher", str(RELEASE), "--prompts", "prompts.txt", *FILES, *OPTIONS,
+             "--batch-gpu", "2", "--out", "ranks"]
+    (whole.parent / "ranks.py").write_text(f"""if True:
+        import importlib, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        t2i = importlib.import_module("03_pixart_t2i")
+        t2i.summarise = t2i.Judge.__call__ = lambda *_: ([], {{}})
+        t2i.sheet, t2i.save_picture = lambda *_: None, lambda *_: None
+        t2i.main({typed})""")
+    done = subprocess.run([*torchrun, "ranks.py"], cwd=whole.parent, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("step 3/3") == 1, done.stderr
+    ranks, one = trained(whole.parent / "ranks"), trained(whole)
+    assert difference(ranks[:3], one[:3]) < 1e-6 and difference(ranks[3:], one[3:]) < 1e-3
+
+
+@pytest.mark.parametrize("stop, status", [(lambda: signal.raise_signal(signal.SIGTERM), 130),
+                                          (lambda: 1 / 0, 1)])
+def test_a_stopped_run_goes_on_bit_for_bit(stop, status, whole, tmp_path, monkeypatch, capsys):
+    """SIGTERM lets the update end, which is saved; an error in an update loses that update."""
+    ema_beta = t2i.ema_beta
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, ZeroDivisionError)) as stopped:
+        patch.setattr(t2i, "ema_beta",
+                      lambda images, *rest: images == 8 and stop() or ema_beta(images, *rest))
+        pixart_run(whole.parent, f"stopped-{status}", "--save-every", "1")
+    folder = whole.parent / f"stopped-{status}"
+    assert status == 1 or stopped.value.code == 130 and "goes on" in capsys.readouterr().err
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert state["step"] == (2 if status == 130 else 1) and not (folder / "metrics.json").exists()
+    pixart_run(whole.parent, folder.name, "--save-every", "1")
+    assert "goes on from step" in capsys.readouterr().out
+    assert all(map(torch.equal, trained(folder), trained(whole)))
+
+
+@pytest.mark.parametrize("options", ["--amp bf16 --checkpointing --method sid --compile",
+                                     "--distance l2 --method di --psi-updates 2 --guidance 1"])
+def test_settings(options, whole, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: compiled.append(net))
+    folder = pixart_run(whole.parent, options, *options.split(), "--steps", "1")
+    line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(line["loss_theta"]) and line["y_norm"] > 0
+    assert len(compiled) == 3 * ("--compile" in options)
+
+
+def test_a_diffusers_folder_as_the_teacher(whole, tmp_path, monkeypatch):
+    """Its empty caption is T5's of the empty text; the length differs, and so does the cache."""
+    seen, cached = [], lambda: len([*(whole.parent / "checkpoints").glob("captions-*.pt")])
+    before = cached()
+    monkeypatch.setattr(t2i, "distil", lambda args, run, d_q, *rest: seen.append(d_q))
+    pixart_run(whole.parent, "from-diffusers", teacher=diffusers_folder(tmp_path / "pipeline"))
+    empty, mask = t2i.encode_prompts(FIXTURES / "t5", [""], torch.bfloat16)
+    assert torch.equal(seen[0].empty_mask, mask) and cached() == before + 1
+    assert torch.equal(seen[0].empty, empty * mask[..., None])
+
+
+# ---- samples ----
 def image(path):
     with Image.open(path) as opened:
-        return np.asarray(opened).copy()
+        return np.asarray(opened).astype(int)
 
 
-def test_sampling(whole, capsys):
-    place = whole.parent
-    base = ["--sample", str(whole), *FILES, "--prompt", "a cat", "--prompt", "a red house"]
-    t2i.main([*base, "--out", "folder", "--seed", "3"])
-    assert sorted(f.name for f in (place / "folder").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
-    assert (place / "folder/prompts.txt").read_text() == "a cat\na red house\n"
-    single = [
-        "--sample",
-        str(whole),
-        "--prompt",
-        "a red house",
-        "--seed",
-        "4",
-        "--out",
-    ]  # T5 and VAE: the run's
-    t2i.main([*single, "one.png"])
-    assert image("one.png").shape == (128, 128, 3)
-    assert np.abs(image("one.png").astype(int) - image("folder/000001.png")).max() <= 1
-    z = common.draw_latents([4], (4, 16, 16))[0]
-    np.save("z.npy", z)
-    torch.save(z, "z.pt")
-    for file in ("z.npy", "z.pt"):
-        t2i.main([*single, "again.png", "--latents", file, "--seed", "9"])
-        assert np.array_equal(image("again.png"), image("one.png"))
-    for solver in ("dpm", "heun"):
-        t2i.main([*base, "--out", f"{solver}.png", "--teacher-steps", "3", "--solver", solver])
-    t2i.main([*base, "--out", "both", "--teacher-steps", "2", "--n", "2"])
-    assert len(list(Path("both/teacher").glob("*.png"))) == len(list(Path("both").glob("*.png"))) == 4
+def test_sampling(whole, tmp_path, capsys, refused):
+    place = lambda name: str(tmp_path / name)
+    both = ["--sample", str(whole), *FILES, "--prompt", "a cat", "--prompt", "a red house"]
+    t2i.main([*both, "--out", place("folder"), "--seed", "3"])
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert names == ["000000.png", "000001.png", "prompts.txt"]
+    assert (tmp_path / "folder/prompts.txt").read_text() == "a cat\na red house\n"
+    assert "not empty" in refused(t2i.main, [*both, "--out", place("folder")])
+    one = ["--sample", str(whole), "--device", "cpu", "--prompt", "a red house"]  # the run's T5
+    t2i.main([*one, "--seed", "4"])
+    single = image(whole / "samples-1-seed-4.png")  # the default place
+    assert single.shape == (128, 128, 3)
+    assert np.abs(single - image(tmp_path / "folder/000001.png")).max() <= 1
+    torch.save(draw_latents([4], (4, 16, 16))[0], tmp_path / "z.pt")
+    t2i.main([*one, "--latents", place("z.pt"), "--seed", "9", "--out", place("again.png")])
+    assert np.array_equal(image(tmp_path / "again.png"), single)
+    for solver in ("dpm", "heun"):  # the teacher's above
+        t2i.main([*one, "--seed", "4", "--teacher-steps", "2", "--solver", solver, "--out",
+                  place(f"{solver}.png")])
+    dpm, heun = [image(tmp_path / f"{solver}.png") for solver in ("dpm", "heun")]
+    assert np.array_equal(dpm[136:264, :128], single) and np.array_equal(dpm[136:], heun[136:])
+    assert not np.array_equal(dpm[:128], heun[:128])
+    t2i.main([*both, "--out", place("both"), "--teacher-steps", "2", "--n", "2"])
+    pictures = [(tmp_path / name).glob("*.png") for name in ("both", "both/teacher")]
+    assert [len(list(some)) for some in pictures] == [4, 4]
+    t2i.main([*both, "--out", place("x.npz"), "--teacher-steps", "2"])
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays["teacher"].shape == arrays["one_step"].shape == (2, 128, 128, 3)
+    assert "teacher above one_step" in capsys.readouterr().out
 
 
-def test_the_generator_is_one_forward_and_one_decode(whole):
+@torch.no_grad()
+def test_the_generator_is_one_forward_and_one_decode(whole, tmp_path):
     """(B.15), by hand."""
-    t2i.main(["--sample", str(whole), *FILES, "--prompt", "a cat", "--out", "hand.png", "--seed", "2"])
+    t2i.main(["--sample", str(whole / "g_ema.pt"), *FILES, "--prompt", "a cat", "--seed", "2",
+              "--out", str(tmp_path / "x.png")])
     model = t2i.load_pixart(RELEASE)
     state = torch.load(whole / "g_ema.pt", weights_only=True)["state_dict"]
     model.load_state_dict({name.removeprefix("model."): w for name, w in state.items()})
     caption, mask = t2i.encode_prompts(FIXTURES / "t5", ["a cat"], torch.bfloat16, tokens=12)
-    z = 2.5 * common.draw_latents([2], (4, 16, 16))[0]
-    with torch.no_grad():
-        eps = model(z / (2.5**2 + 1) ** 0.5, torch.tensor([440]), caption.float(), mask)[:, :4]
-        pixels = t2i.load_vae_decoder(PIXART / "vae")(z - 2.5 * eps)
-    assert (
-        np.abs(common.to_uint8(pixels)[0].permute(1, 2, 0).numpy().astype(int) - image("hand.png")).max() <= 1
-    )
+    z = 2.5 * draw_latents([2], (4, 16, 16))[0]
+    eps = model(z / (2.5**2 + 1)**0.5, torch.tensor([440]), caption.float(), mask)[:, :4]
+    pixels = common.to_uint8(t2i.load_vae_decoder(PIXART / "vae")(z - 2.5 * eps))[0]
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - image(tmp_path / "x.png")).max() <= 1
 
 
-def test_the_released_generator_is_sampled(whole):
-    change, wrap = FORMS["SIM-DiT"]
-    keep = lambda state: state | {}
-    write_pth(whole.parent / "SIM-DiT.pth", keep, wrap)
-    t2i.main(["--sample", "SIM-DiT.pth", *FILES, "--prompt", "a cat", "--out", "dit.png"])
-    assert image("dit.png").shape == (128, 128, 3)
+def test_the_released_generator_is_sampled(tmp_path):
+    file = write_pth(tmp_path / "SIM-DiT.pth", wrap=FORMS["SIM-DiT"][1])
+    t2i.main(["--sample", str(file), *FILES, "--prompt", "a cat"])
+    assert image(tmp_path / "samples-1-seed-0.png").shape == (128, 128, 3)
 
 
-# ---- The miniature ----
-def test_captions_and_their_images():
-    texts = [t2i.write(prompt) for prompt in t2i.PROMPTS]
-    assert len(set(texts)) == len(texts) == 1120 and max(len(text) for text in texts) < t2i.TOKENS
-    assert texts[0] == "a small red circle on a green background"
-    assert np.mean([t2i.held_out(prompt) for prompt in t2i.PROMPTS]) == pytest.approx(0.1, abs=0.02)
-    assert any(t2i.held_out(prompt) for prompt in t2i.tested_prompts())
-    random = np.random.default_rng(0)
-    images = torch.stack([t2i.draw(prompt, random) for prompt in t2i.PROMPTS])
-    assert images.shape == (1120, 3, 16, 16) and images.abs().max() <= 1
-    right = t2i.prompt_accuracy(images, t2i.PROMPTS)
-    assert min(right.values()) >= 0.99
-    wrong = t2i.prompt_accuracy(images, t2i.PROMPTS[::-1])
-    assert wrong["mean"] < 0.3
-
-
-def test_byt5_needs_no_file():
-    ids, masks = t2i.tokenize(["a red bar"])
-    assert ids[0, :10].tolist() == [ord(c) + 3 for c in "a red bar"] + [1] and masks.sum() == 10
-
-
+# ---- the miniature ----
 def test_the_embedded_teacher_draws_what_it_is_told():
     assert t2i.EMBEDDED.stat().st_size < 6e6
-    assert all(
-        w.dtype == torch.float16 for w in torch.load(t2i.EMBEDDED, weights_only=True)["state_dict"].values()
-    )
-    whole, _, _ = t2i.load_network(t2i.EMBEDDED)
-    assert sum(w.numel() for w in whole.parameters()) <= 3e6
-    teacher, asked = t2i.miniature(whole), t2i.tested_prompts()[:24]
-    captions = teacher.encode([t2i.write(prompt) for prompt in asked])[range(24)]
-    z = common.draw_latents(range(24), t2i.image_shape(teacher.net))[0]
-    guided = t2i.sample_teacher(t2i.Guided(teacher.net, 3.0), z, *captions)
-    assert t2i.prompt_accuracy(guided, asked)["mean"] >= 0.9
+    teacher, _, meta = t2i.load_pipeline(t2i.EMBEDDED)
+    assert sum(w.numel() for w in teacher.parameters()) <= 3e6
+    assert len(meta["prompts"]) == 1120 and len(meta["tested"]) == 1000
+    asked = shapes.tested_prompts()[:20]
+    z, captions = draw_latents(range(20), teacher.net.model.image_shape)[0], meta["tested"][:20]
+    cond = t2i.pad(teacher.encode(captions), 48)
+    images = t2i.sample_teacher(t2i.Guided(teacher.net, 3.0), z, *cond)
+    assert shapes.prompt_accuracy(images, asked)["mean"] >= 0.9
 
 
-def tiny_miniature(path):
-    net = t2i.MINI_NET | {"hidden_size": 32, "depth": 2, "num_heads": 2}
-    torch.manual_seed(0)
-    common.save_generator(
-        path, t2i.Miniature(net, t2i.MINI_TEXT).half(), {"net": net, "text": t2i.MINI_TEXT}, 5.0
-    )
-    return path
+@torch.no_grad()
+def test_the_text_encoder_of_a_miniature(mini):
+    """A token is a byte, and the last one is the end."""
+    teacher = t2i.load_pipeline(mini)[0]
+    short, _ = teacher.encode(["a red bar", "a much longer caption"])
+    ids = torch.tensor([[ord(c) + 3 for c in "a red bar"] + [1]])
+    close(short, teacher.text(ids).last_hidden_state[0], 1e-5)
 
 
-def test_a_run_of_a_miniature(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(t2i, "TESTED", 20)
-    monkeypatch.setattr(t2i, "TRUE", 60)
-    teacher = tiny_miniature(tmp_path / "tiny.pt")
-    t2i.main(
-        [
-            "--teacher",
-            str(teacher),
-            "--steps",
-            "2",
-            "--batch",
-            "4",
-            "--out",
-            str(tmp_path / "run"),
-            "--device",
-            "cpu",
-        ]
-    )
-    out = capsys.readouterr().out
-    assert "one step" in out and "teacher" in out
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["true images"]["mean"] >= 0.9 and metrics["one step"].keys() >= {
-        "shape",
-        "all",
-        "fd",
-        "ms_image",
-    }
-    command = [
-        "--sample",
-        str(tmp_path / "run"),
-        "--prompt",
-        "a large red ring on a blue background",
-        "--device",
-        "cpu",
-    ]
-    t2i.main([*command, "--out", str(tmp_path / "x.png"), "--teacher-steps", "2"])
-    assert image(tmp_path / "x.png").shape[2] == 3
+def test_a_run_of_a_miniature(mini, tmp_path, monkeypatch, capsys):
+    run = mini_run(mini, tmp_path / "run", "--steps", "2", "--batch-gpu", "3")
+    out, metrics = capsys.readouterr().out, json.loads((run / "metrics.json").read_text())
+    assert "one step" in out and f"--sample {run} --prompt 'a small" in out
+    assert metrics["true images"] == {"fd": 0.5} and metrics["guidance"] == 3
+    assert metrics["one step"].keys() == {"fd", "ms_image", "steps"} == metrics["teacher"].keys()
+    assert metrics["one step"]["steps"] == 1 and metrics["teacher"]["steps"] == 14
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and all("fd" in line for line in lines)
+    assert len(list((run / "samples").glob("*.png"))) == 3
+    file = torch.load(run / "g_ema.pt", weights_only=True)
+    assert {name.split(".")[0] for name in file["state_dict"]} == {"net", "text"}
+    assert file["t_star"] == 2 and file["meta"]["step"] == 2
+    text = [name for name in file["state_dict"] if name.startswith("text.")]
+    start = torch.load(mini, weights_only=True)["state_dict"]
+    assert all(torch.equal(file["state_dict"][name], start[name]) for name in text)
+    t2i.main(["--sample", str(run), "--prompt", "a red ring", "--device", "cpu", "--n", "2",
+              "--teacher-steps", "2", "--out", str(tmp_path / "x.png")])
+    assert image(tmp_path / "x.png").shape == (2 * 104 + 64, 2 * 104, 3)
+    mini_run(mini, run, "--steps", "2", "--batch-gpu", "3")
+    assert "is finished" in capsys.readouterr().out
+    generator = t2i.load_pipeline(run)[0]
+    images = 0.3 * torch.randn(40, 3, 16, 16)
+    mu, sigma = common.moments(t2i.token_features(generator.net, images))
+    judge = t2i.Judge(generator, [], [], {"tested": PROMPTS * 10, "mu": mu, "sigma": sigma})
+    assert abs(judge(lambda z, *cond: images)[1]["fd"]) < 1e-4 < judge(lambda z, *c: z)[1]["fd"]
 
 
-def test_train_teacher_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(t2i, "MINI_NET", t2i.MINI_NET | {"hidden_size": 32, "depth": 1, "num_heads": 2})
-    base = [
-        "--train-teacher",
-        "--batch",
-        "4",
-        "--steps",
-        "4",
-        "--save-every",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-    ]
-    t2i.main([*base, str(tmp_path / "whole")])
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Log, "advance", killed_at(2))
-        with pytest.raises(SystemExit):
-            t2i.main([*base, str(tmp_path / "killed")])
-    t2i.main([*base, str(tmp_path / "killed")])
-    a, b = (torch.load(tmp_path / name / "teacher.pt", weights_only=True) for name in ("whole", "killed"))
-    assert all(torch.equal(v, w) for v, w in zip(a["state_dict"].values(), b["state_dict"].values()))
-
-
-# ---- Scores ----
+# ---- scores ----
 def head_file(path):
-    """The public head is a product of five matrices, nothing between: the case's product, in its form."""
-    product = torch.from_numpy(np.load(FIXTURES / "io-t2i.npz")["head"])
-    sizes, state = (768, 1024, 128, 64, 16, 1), {}
+    """The public head is a product of five matrices: the case's product, in that form."""
+    product, state = torch.from_numpy(CASE["head"]), {}
+    sizes = (768, 1024, 128, 64, 16, 1)
     for k, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
         weight, bias = torch.zeros(b, a), torch.zeros(b)
         weight[0, 0] = 1
         if k == 0:
-            weight[0] = product[:-1].float()
-            bias[0] = product[-1]
+            weight[0], bias[0] = product[:-1].float(), product[-1]
         state |= {f"layers.{k}.weight": weight, f"layers.{k}.bias": bias}
     torch.save(state, path)
     return path
 
 
-def score(folder, *options):
-    t2i.main(["--score", str(folder), "--device", "cpu", *map(str, options)])
-    return json.loads((folder / "scores.json").read_text())
-
-
-def test_scores_equal_the_case(tmp_path, capsys):
-    known = np.load(FIXTURES / "io-t2i.npz")
-    folder = tmp_path / "images"
-    shutil.copytree(FIXTURES / "scored", folder)
-    clip = FIXTURES / "clip"
-    report = score(
-        folder, "--clip", clip, "--pickscore", clip, "--aesthetic", head_file(tmp_path / "head.pth")
-    )
+def test_scores_equal_the_case(tmp_path, capsys, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    folder, clip = shutil.copytree(FIXTURES / "scored", tmp_path / "images"), FIXTURES / "clip"
+    typed = [folder, "--device", "cpu", "--clip", clip]
+    scores.main([*map(str, typed), "--pickscore", str(clip), "--aesthetic",
+                 str(head_file(tmp_path / "head.pth"))])
+    report = json.loads((folder / "scores.json").read_text())
     for name in ("pickscore", "clipscore", "aesthetic"):
         ours = [row[name] for row in report["each"]]
-        assert np.allclose(ours, known[name], rtol=1e-4, atol=1e-4), name
-        assert report["means"][name] == pytest.approx(known[name].mean(), abs=1e-4)
-    assert any(str(path).endswith("model.safetensors") for path in report["models"])
-    assert all(len(value) == 64 for value in report["models"].values()) and len(report["models"]) == 2
-    report = score(folder, "--clip", clip)
-    assert report["means"].keys() == {"clipscore"} and "not measured" in capsys.readouterr().out
+        assert np.allclose(ours, CASE[name], rtol=1e-4, atol=1e-4), name
+        assert report["means"][name] == pytest.approx(CASE[name].mean(), abs=1e-4)
+    files = {str(clip / "model.safetensors"), str(tmp_path / "head.pth")}
+    assert report["models"] == {file: common.sha256(file) for file in files}
+    scores.main([str(word) for word in typed])
+    report = json.loads((folder / "scores.json").read_text())
+    assert report["means"].keys() == {"clipscore"} and report["images"] == 3
+    assert "not measured" in capsys.readouterr().out
+    cases = {"--clip": (FIXTURES / "t5", "expected a CLIP"), "--prompt-file": ("no", "one prompt"),
+             "--aesthetic": (RELEASE, "aesthetic head"), "--pickscore": (folder, "a CLIP")}
+    for flag, (value, words) in cases.items():
+        assert words in refused(scores.main, [*typed, flag, value])
+    assert "no model" in refused(scores.main, typed[:-2])
+    assert "expected a folder" in refused(scores.main, ["none"])
+    (folder / "im3.png").write_bytes(b"")
+    assert "4 images" in refused(scores.main, typed)
 
 
-# ---- Mistakes: one line, status 2 ----
-def mistakes(tmp_path):
-    prompts, empty = tmp_path / "p.txt", tmp_path / "empty.txt"
-    mini = ["--sample", t2i.EMBEDDED]
-    real = ["--teacher", RELEASE, "--prompts", prompts]
-    return {
-        "no such teacher": (["--teacher", tmp_path / "nothing.pth"], "there is no"),
-        "cut teacher": (["--teacher", tmp_path / "cut.pt"], "cut short"),
-        "no PixArt": (["--teacher", "pixart"], "checkpoints"),
-        "no VAE": ([*real, "--t5", FIXTURES / "t5", "--vae", tmp_path / "v"], "--vae"),
-        "no T5": ([*real, "--t5", tmp_path / "t", "--vae", PIXART / "vae"], "does not exist"),
-        "no prompts": (["--teacher", RELEASE, *FILES], "--prompts FILE"),
-        "empty prompts": (["--teacher", RELEASE, *FILES, "--prompts", empty], "empty.txt"),
-        "sample without prompt": (mini, "--prompt"),
-        "empty prompt": ([*mini, "--prompt", " "], "--prompt"),
-        "empty prompt file": ([*mini, "--prompt-file", empty], "empty.txt"),
-        "latents' shape": ([*mini, "--prompt", "a", "--latents", tmp_path / "z.npy"], "(1, 3, 8, 8)"),
-        "latents' number": ([*mini, "--prompt", "a", "--latents", tmp_path / "two.npy"], "(2, 3, 16, 16)"),
-        "latents missing": ([*mini, "--prompt", "a", "--latents", tmp_path / "no.npy"], "no.npy"),
-        "out": ([*mini, "--prompt", "a", "--out", tmp_path / "x.gif"], "a .png in a folder"),
-        "out in no folder": (
-            [*mini, "--prompt", "a", "--out", tmp_path / "no" / "x.png"],
-            "a .png in a folder",
-        ),
-        "out is not empty": ([*mini, "--prompt", "a", "--out", tmp_path / "images"], "a new folder"),
-        "a folder of nothing": (["--teacher", tmp_path / "images"], "no run"),
-        "bench of a file": (["--bench", "--teacher", RELEASE], "miniature or pixart"),
-        "teacher of another kind": (
-            [*mini, "--prompt", "a", "--teacher-steps", "2", "--teacher", RELEASE, *FILES],
-            "other images",
-        ),
-        "no teacher known": ([*mini, "--prompt", "a", "--teacher-steps", "2"], "name the teacher"),
-        "score nothing": (["--score", tmp_path / "images"], "0 images"),
-        "score folder": (["--score", tmp_path / "none"], "expected a folder"),
-        "a prompt alone": (["--prompt", "a cat"], "belong to --sample"),
-        "no such column": (
-            ["--teacher", RELEASE, *FILES, "--prompts", tmp_path / "x.csv"],
-            "no column prompt",
-        ),
-        "flag": (["--guidance", "-1"], "--guidance"),
-        "half a flag": (["--guid", "2"], "unrecognized"),
-        "solver": (["--solver", "euler"], "--solver"),
-        "distance": (["--distance", "l2", "--c", "1"], "does not take"),
-        "device": (["--device", "tpu"], "no device"),
-    }
+# ---- mistakes: one line, status 2 ----
+MISTAKES = [
+    ("--teacher nothing.pth", "no nothing.pth"), ("--teacher cut.pt", "cut.pt cannot be used"),
+    ("--teacher pixart", "checkpoints"), ("--teacher images", "images"),
+    ("REAL --t5 T5 --vae v", "--vae"), ("REAL --t5 t --vae VAE", "--t5"),
+    ("REAL FILES", "--prompts FILE"), ("REAL FILES --prompts empty.txt", "empty.txt"),
+    ("REAL FILES --prompts x.csv", "one prompt a line"), ("--sample no --prompt a", "no cannot"),
+    ("--sample RELEASE --prompt a", "--t5"), ("MINI", "--prompt"), ("MINI --prompt ''", "--prompt"),
+    ("MINI --prompt-file empty.txt", "empty.txt"), ("MINI --prompt a --n 0", "--n"),
+    ("MINI --prompt a --latents z.pt", "(1, 3, 8, 8)"),
+    ("MINI --prompt a --latents two.pt", "(2, 3, 16, 16)"),
+    ("MINI --prompt a --latents no.pt", "no.pt"), ("MINI --prompt a --out x.gif", ".png"),
+    ("MINI --prompt a --out images", "not empty"),
+    ("MINI --prompt a --teacher-steps 2 --teacher RELEASE FILES", "other images"),
+    ("MINI --prompt a --teacher-steps 2", "name the teacher"), ("--prompt a", "belong to --sample"),
+    ("--guidance -1", "--guidance"), ("--guid 2", "unrecognized"), ("--solver euler", "--solver"),
+    ("--distance l2,c=1", "no parameter"), ("--device tpu", "device"), ("--batch 0", "--batch"),
+    ("--preset x", "--preset"), ("--t-star nan", "--t-star"), ("--batch-gpu 33", "--batch-gpu")]
 
 
-@pytest.mark.parametrize("case", mistakes(Path()))
-def test_a_mistake_is_one_line(case, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("typed, words", MISTAKES)
+def test_a_mistake_is_one_line(typed, words, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.txt").write_text("a cat\n")
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "x.csv").write_text("text\na\n")
-    np.save(tmp_path / "z.npy", np.zeros((1, 3, 8, 8), np.float32))
-    np.save(tmp_path / "two.npy", np.zeros((2, 3, 16, 16), np.float32))
-    (tmp_path / "cut.pt").write_bytes(t2i.EMBEDDED.read_bytes()[:100_000])
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "prompts.txt").write_text("a\n")
-    command, words = mistakes(tmp_path)[case]
-    with pytest.raises(SystemExit) as stop:
-        t2i.main([str(word) for word in command])
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and words in error and error.startswith("error:") and "\n" not in error
+    for name, text in (("empty.txt", "\n"), ("x.csv", "text\na\n"), ("images/prompts.txt", "a\n")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    torch.save(torch.zeros(1, 3, 8, 8), "z.pt")
+    torch.save(torch.zeros(2, 3, 16, 16), "two.pt")
+    Path("cut.pt").write_bytes(t2i.EMBEDDED.read_bytes()[:100_000])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for name, value in (("REAL", f"--teacher {RELEASE}"), ("MINI", f"--sample {t2i.EMBEDDED}"),
+                        ("RELEASE", RELEASE), ("FILES", " ".join(FILES)), ("VAE", PIXART / "vae"),
+                        ("T5", FIXTURES / "t5")):
+        typed = typed.replace(name, str(value))
+    assert words in refused(t2i.main, [word.strip("'") for word in typed.split()])
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_help(capsys):
+    for main in (t2i.main, scores.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0 and "--device" in capsys.readouterr().out
 
 
 def test_nothing_asks_the_network(tmp_path, monkeypatch):
-    """Neither T5 nor CLIP nor the miniature: a folder that is not there is not looked for elsewhere."""
+    """Neither T5 nor CLIP: a folder that is not there is not looked for elsewhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "socket", lambda *_, **__: 1 / 0)
     t2i.encode_prompts(FIXTURES / "t5", ["a cat"])
-    t2i.tokenize(["a cat"])
+    t2i.load_pipeline(t2i.EMBEDDED)[0].encode(["a cat"])
     for folder in ("google/t5-v1_1-xxl", FIXTURES / "scored"):
-        with pytest.raises(common.UserError):
+        with pytest.raises(UserError):
             t2i.encode_prompts(folder, ["a cat"])
-    with pytest.raises(common.UserError, match="CLIP"):
-        t2i.clip_embeddings("openai/clip-vit-base-patch32", [], [], "cpu")
+    with pytest.raises(UserError, match="CLIP"):
+        scores.load_clip("openai/clip-vit-base-patch32")

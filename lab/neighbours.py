@@ -1,0 +1,345 @@
+"""Other ways to one and few steps, in stage 1's frame: the same networks, and as many updates.
+
+    python lab/neighbours.py --method dmd              also add, cd, ct, mcm and pagoda
+    python lab/neighbours.py --method mcm --segments 2
+    python lab/neighbours.py --method sim --teacher flow
+    python lab/neighbours.py --sample runs/ring-exact-dmd-phuber-0 --n 5000
+    python lab/neighbours.py --gaussian gaussian.png
+
+A run takes about a minute on one core. The methods that match scores have SIM's t* and noise
+levels, the others start from t* = 80. Plain distances stand for the papers' LPIPS.
+
+Numbers in [] are equations of the notes "Distilled Diffusion Models" (July 2024). SiD is [83], and
+Diff-Instruct is [63]. The notes' misprints: in [83] the first factor is reversed (x_psi - x_phi is
+right, as in [82], where psi is the teacher); [76] lacks the squares; [67] and [71] have sigma^2 eps
+for sigma eps; [55] has 1 - log D for log(1 - D).
+"""
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import (atomic, batch_sum, check_batch, count, di_loss, diffuse, dsm_loss, edm_sampler,
+                    ema_beta, ema_update, heun, l2, load_generator, make_parser, nowgt,
+                    one_line_errors, p_edm, p_karras, phuber, pick_device, rank_and_ranks,
+                    reading, require, run_folder, sampling_times, seed_step, sid_loss, sidwgt,
+                    sim_loss, train_only, update)
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+
+toy = importlib.import_module("01_toy_2d")
+STEPS = 18  # of a teacher's flow, or of a segment: CIFAR-10's N in Song et al. 2023, Table 3
+
+
+# ---- A rectified flow as the teacher ----
+class FlowPrecond(nn.Module):
+    """A rectified flow as a denoiser: net(x_t, t) like EDMPrecond's, of a velocity model(x, tau).
+
+    At x = (1 - tau) x_0 + tau eps the flow learns v = E[eps - x_0 | x] (Liu et al. 2022, (1)).
+    Since x_0 = x - tau (eps - x_0), the denoiser is x - tau v exactly, where x_t = x / (1 - tau)
+    and t = tau / (1 - tau)."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_t, t):
+        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).reshape(-1, 1)
+        x, tau = x_t / (1 + t), t / (1 + t)
+        return x - tau * self.model(x, tau.flatten())
+
+
+def flow_loss(net, x_0):
+    """Flow matching, in the place of dsm_loss: net.model learns the velocity. -> (B,)"""
+    tau, eps = torch.rand_like(x_0[:, :1]), torch.randn_like(x_0)  # tau ~ U[0, 1]
+    v = net.model((1 - tau) * x_0 + tau * eps, tau.flatten())
+    return batch_sum((v - (eps - x_0))**2)
+
+
+def make_denoiser(flow=False):
+    return FlowPrecond(toy.MLP()) if flow else toy.make_denoiser()
+
+
+# ---- The methods ----
+def jump(denoise, x, t, b):
+    """[51]: from time t to b on the straight line to the denoised x. b = 0 is denoise itself."""
+    x_0 = denoise(x, t)
+    return x_0 + b / t * (x - x_0)
+
+
+def few_steps(g, z, t_star, segments=1):
+    """Standard normal z (B, 2) -> samples, by `segments` evaluations of g; one is (B.4)."""
+    starts = sampling_times(STEPS * segments + 1, sigma_max=t_star)[::STEPS][:segments]
+    x = t_star * z
+    for t, b in zip(starts, [*starts[1:], 0.0]):
+        x = jump(g, x, t, b)
+    return x
+
+
+class Neighbour:
+    """A method: theta() is the loss (B,) of g, and psi(), where there is one, that of a second
+    network d_psi. In each phase the other network is frozen."""
+    psi = None
+
+    def __init__(self, args, mixture, d_q, run):
+        self.args, self.mixture, self.d_q = args, mixture, d_q
+        self.d_psi, self.g = run.d_psi, run.g
+        self.begin(args.steps)  # for what is drawn once, which shares its numbers with no update
+
+    def begin(self, step):
+        """What is drawn from now on depends on the seed and on `step` alone."""
+        device = self.mixture.means.device
+        self.step = step
+        self.where = {"device": device, "generator": seed_step(self.args.seed, step, device)}
+
+    def normal(self):
+        return torch.randn(self.args.batch, 2, **self.where)
+
+    def data(self, batches=1):
+        return self.mixture.sample(batches * self.args.batch, self.where["generator"])
+
+    def time(self):
+        """The noise levels (B, 1) of stage 1's updates of g."""
+        if self.args.p_theta == "karras":
+            return p_karras((self.args.batch, 1), **self.where)
+        return p_edm((self.args.batch, 1), self.args.p_mean, self.args.p_std, **self.where)
+
+    def generate(self, z):
+        return toy.one_step(self.g, z, self.args.t_star)
+
+    def pick(self):
+        """Places in what was drawn once, (B,)."""
+        return torch.randint(len(self.z), (self.args.batch,), **self.where)
+
+    def grid(self, steps):
+        """-> (steps + 1,) falling times of the flow, from t* to 0.002."""
+        times = sampling_times(steps + 1, sigma_max=self.args.t_star)[:-1]
+        return torch.tensor(times, device=self.where["device"])
+
+    def logit(self, x):
+        """The discriminator, x (B, 2) -> (B,): the first output of the second perceptron."""
+        return self.d_psi.model(x, x.new_zeros(1))[:, 0]
+
+
+class CD(Neighbour):
+    """Consistency distillation (Song et al. 2023): |f(x_t, t) - f(x_s, s)|^2 [12]. The flow of the
+    teacher leads x_t to x_s in one Heun step. The second f is detached and has no EMA. f(x, t) is
+    jump(g, x, t, b) to the end b of all times, so that f(x, b) = x [8].
+
+    In mcm, multistep consistency (Heek et al. 2024), b is the end of t's segment [52]."""
+    def theta(self):
+        steps = STEPS * self.args.segments
+        grid, i = self.grid(steps), torch.randint(steps, (self.args.batch, 1), **self.where)
+        t, s, b = grid[i], grid[i + 1], grid[(i // STEPS + 1) * STEPS]
+        x_t = diffuse(self.data(), t, self.normal())
+        with torch.no_grad():
+            target = jump(self.g, heun(self.d_q, x_t, [t, s]), s, b)
+        return batch_sum((jump(self.g, x_t, t, b) - target)**2)
+
+
+class CT(Neighbour):
+    """Improved consistency training (Song and Dhariwal 2024), from scratch:
+    d(f(x_0 + t eps, t) - f(x_0 + s eps, s)) / (t - s) [27]. The same eps makes an Euler step [20].
+    The second f is detached and has no EMA [42]; d is Pseudo-Huber [43] with the paper's c. t and s
+    are the ends of one step of the grid, drawn so that log t is about N(-1.1, 2^2). The grid has 10
+    steps at first, and this number doubles seven times during the run."""
+    def theta(self):
+        grid = self.grid(10 * 2**int(8 * self.step / self.args.steps))
+        share = torch.special.ndtr((grid.log() + 1.1) / 2).diff().abs()  # of N(-1.1, 2^2)
+        i = torch.multinomial(share, self.args.batch, True, generator=self.where["generator"])
+        t, s = grid[i, None], grid[i + 1, None]
+        x_0, eps = self.data(), self.normal()
+        with torch.no_grad():
+            target = jump(self.g, diffuse(x_0, s, eps), s, grid[-1])
+        y = jump(self.g, diffuse(x_0, t, eps), t, grid[-1]) - target
+        return phuber(0.00054 * x_0.shape[1]**0.5).d(y) / (t - s).flatten()
+
+
+class DMD(Neighbour):
+    """Distribution matching distillation (Yin et al. 2024): the gradient of the KL divergence [63]
+    with the weight sidwgt, and 0.25 |g(z) - x|^2, where x is the end of the teacher's flow from z.
+    The pairs (z, x) are made once. d_psi learns as in SIM [66]."""
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.z = torch.cat([self.normal() for _ in range(10)])
+        self.x = edm_sampler(self.d_q, self.z)
+
+    def psi(self):
+        x_0 = self.generate(self.normal())
+        t = p_edm((len(x_0), 1), self.args.psi_mean, self.args.psi_std, **self.where)
+        return dsm_loss(self.d_psi, x_0, t, self.normal())
+
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        loss, _ = di_loss(self.d_psi, self.d_q, x_0, t, self.normal(), sidwgt)
+        i = self.pick()
+        return loss + 0.25 * batch_sum((self.generate(self.z[i]) - self.x[i])**2)
+
+
+class ADD(Neighbour):
+    """Adversarial diffusion distillation (Sauer et al. 2023): 2.5 |g(z) - d_q(x_t, t)|^2 [67] with
+    d_q(x_t, t) detached [68], and a GAN with the hinge loss. The paper has three things more:
+    diffused data as another input of g, the penalty R1 and a weight of t."""
+    def psi(self):
+        x, x_0 = self.data(), self.generate(self.normal())
+        return F.relu(1 - self.logit(x)) + F.relu(1 + self.logit(x_0))
+
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        with torch.no_grad():
+            target = self.d_q(diffuse(x_0, t, self.normal()), t)
+        return 2.5 * batch_sum((x_0 - target)**2) - self.logit(x_0)
+
+
+class PaGoDA(Neighbour):
+    """PaGoDA (Kim et al. 2024) without its growing resolution: |x - g(E(x))|, where E(x) is the
+    noise to which the teacher's flow leads data x, and a GAN [55], in which g minimises
+    -log D(g(z)). The pairs (x, E(x)) are made once."""
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.x = self.data(10)
+        self.z = heun(self.d_q, self.x, self.grid(STEPS).flip(0)) / self.args.t_star
+
+    def psi(self):
+        x, x_0 = self.data(), self.generate(self.normal())  # -log D(x) - log(1 - D(x_0)):
+        return F.softplus(-self.logit(x)) + F.softplus(self.logit(x_0))
+
+    def theta(self):
+        i, x_0 = self.pick(), self.generate(self.normal())
+        return (self.generate(self.z[i]) - self.x[i]).norm(dim=1) + F.softplus(-self.logit(x_0))
+
+
+NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA}
+
+
+def train(args, d_q, run, evaluate, mixture):
+    """In the place of Algorithm 2: an update of the second network, if any, and one of g."""
+    neighbour = NEIGHBOURS[args.method](args, mixture, d_q, run)
+    for step in run.steps():
+        neighbour.begin(step)
+        lr = args.lr * (1 - step / args.steps if args.anneal == "linear" else 1)
+        if neighbour.psi:
+            train_only(run.d_psi, frozen=run.g)
+            loss_psi = neighbour.psi()
+            run.add(loss_psi=loss_psi)
+            loss_psi.mean().backward()
+            update(run.opt_psi, lr)
+        train_only(run.g, frozen=run.d_psi)
+        loss_theta = neighbour.theta()
+        run.add(loss_theta=loss_theta)
+        loss_theta.mean().backward()
+        update(run.opt_theta, lr)
+        ema_update(run.g_ema, run.g, ema_beta(step * args.batch, args.batch, args.ema_half_life))
+        if run.due(args.log_every, toy.LOOKS):
+            run.write(**evaluate())
+
+
+# ---- One Gaussian, with a closed form for everything: 5.3.1 of the notes, [76] to [83] ----
+LOSSES = {"SIM, l2": partial(sim_loss, distance=l2()), "Diff-Instruct, DMD": di_loss,
+          "SiD, alpha = 1.2, no weight": partial(sid_loss, alpha=1.2, weight=nowgt),
+          "d(y) back-propagated": partial(toy.backpropagate_d, distance=l2())}
+
+
+def gaussian_gradient(loss, mean, std, psi_mean, psi_std, t=2.0):
+    """The gradient of a loss by (mean, std) of g(z) = mean + std z, (2,) in float64: a mean over z
+    and eps, by quadrature. The data are N(0, 1); d_psi denoises N(psi_mean, psi_std^2)."""
+    theta = torch.tensor([mean, std], dtype=torch.float64, requires_grad=True)
+    denoiser = lambda mean, std: lambda x_t, t: (std**2 * x_t + t**2 * mean) / (std**2 + t**2)
+    points, weights = toy.trapezoid(2, 61)
+    z, eps = points[:, :1], points[:, 1:]
+    x_0 = theta[0] + theta[1] * z
+    values, _ = loss(denoiser(psi_mean, psi_std), denoiser(0.0, 1.0), x_0, t, eps=eps)
+    return torch.autograd.grad(weights @ values, theta)[0]
+
+
+def gaussian_figure(path):
+    """--gaussian: the gradient of each loss, by the mean and by the std where d_psi is right, and
+    by the std where d_psi lags. The first panel shows a lag too: by the mean, all gradients except
+    the last one depend on d_psi's mean and not on g's."""
+    panels = (("by the mean; $d_\\psi$ right", "mean of both", lambda v: (v, 1, v, 1), 0),
+              ("by the std; $d_\\psi$ right", "std of both", lambda v: (0, 1 + v / 2) * 2, 1),
+              ("by the std; g has 0.5", "std of $d_\\psi$", lambda v: (0, 0.5, 0, 1 + v / 2), 1))
+    figure = Figure(figsize=(9.6, 3.4), dpi=100, layout="constrained")
+    places = torch.linspace(-1.5, 1.5, 25).tolist()
+    for axes, (title, label, at, i) in zip(figure.subplots(1, 3), panels):
+        for (name, loss), style in zip(LOSSES.items(), ("-", "--", "-.", ":")):
+            gradients = [gaussian_gradient(loss, *at(v))[i].item() for v in places]
+            axes.plot([at(v)[2 + i] for v in places], gradients, style, label=name)
+        axes.set(title=title, xlabel=label)
+        axes.axhline(0, color="0.8", zorder=0)
+    figure.axes[0].set(ylabel="gradient")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+# ---- The command line ----
+FROM_NOISE = {"t_star": 80.0}
+PRESETS = {"cd": FROM_NOISE, "mcm": {"segments": 4, **FROM_NOISE}, "pagoda": FROM_NOISE,
+           "ct": {"pretrain_steps": 0, **FROM_NOISE}}  # ct has no teacher to start from
+READ_ONLY_BY = {"mcm": "segments",  # methods -> options that no other method reads
+                "sid": "sid_alpha",
+                "sim sid di": "distance weight psi_updates batch_gpu",
+                "sim sid di dmd": "psi_mean psi_std",
+                "sim sid di dmd add": "p_theta p_mean p_std",
+                "sim sid di dmd add cd mcm pagoda": "teacher pretrain_steps"}
+
+
+def sample(args):
+    """--sample: as in stage 1, with as many evaluations of g as the run has segments."""
+    _, _, meta = load_generator(args.sample, make_denoiser)
+    with reading(args.sample, "a run of this script or of stage 1"):
+        segments = int(meta.get("segments", 1))
+    toy.sample(args, make_denoiser, partial(few_steps, segments=segments))
+
+
+def parse(argv):
+    """-> args. An option that --method does not read is an error, so that nobody compares what the
+    option did not change."""
+    parser = make_parser(__doc__, NEIGHBOURS, **toy.RING)
+    toy.add_toy_options(parser, teachers=("exact", "learned", "flow"))
+    parser.add_argument("--segments", type=count, default=1,
+                        help="evaluations of g for a sample, 4 with --method mcm")
+    parser.add_argument("--gaussian", metavar="FILE", help="only draw section 5.3.1 of the notes")
+    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).method, {}))
+    args, defaults = parser.parse_args(argv), parser.parse_args([])
+    for methods, names in READ_ONLY_BY.items():
+        for name in names.split():
+            changed = getattr(args, name) != getattr(defaults, name)
+            if changed and args.method not in methods.split():
+                parser.error(f"--{name.replace('_', '-')} is not for --method {args.method}, "
+                             f"but for {methods.replace(' ', ', ')}")
+    return args
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # as in stage 1
+    if args.gaussian:
+        return gaussian_figure(args.gaussian)
+    if args.sample:
+        return sample(args)
+    # Stage 1 names its runs after the mixture alone, so that these never meet.
+    device, folder = pick_device(args.device), run_folder(args, f"{args.mixture}-{args.teacher}")
+    check_batch(args)
+    require(args.method not in NEIGHBOURS or rank_and_ranks()[1] == 1,
+            f"--method {args.method} is for one process: start the script without torchrun")
+    torch.manual_seed(args.seed)
+    flow, mixture = args.teacher == "flow", toy.make_mixture(args.mixture, device)
+    net = make_denoiser(flow).to(device)
+    run = toy.prepare(args, folder, net, {"flow": flow}, segments=args.segments)
+    if not run.finished():
+        loop = partial(train, mixture=mixture) if args.method in NEIGHBOURS else toy.train
+        pretrain = partial(toy.pretrain, loss_of=flow_loss) if flow else toy.pretrain
+        sampler = partial(few_steps, segments=args.segments)
+        toy.distil(args, run, mixture, net, loop, pretrain, sampler)
+        print(f"next: python lab/neighbours.py --sample {folder} --n 5000")
+
+
+if __name__ == "__main__":
+    main()

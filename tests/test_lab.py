@@ -1,0 +1,224 @@
+"""lab/shapes.py: drawn shapes and who reads them back. lab/studies.py: many runs and curves."""
+import importlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from common import draw_latents, save, to_uint8
+
+edm, t2i = importlib.import_module("02_edm_cifar"), importlib.import_module("03_pixart_t2i")
+shapes, studies = importlib.import_module("lab.shapes"), importlib.import_module("lab.studies")
+
+
+# ---- shapes ----
+def test_true_shapes_are_read():
+    images, labels = shapes.draw_shapes(500, 4)
+    assert images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
+    again, same = shapes.draw_shapes(500, 4)
+    assert torch.equal(images, again) and torch.equal(labels, same)
+    assert set(labels.tolist()) == {*range(10)}
+    classes, colours, backgrounds = shapes.read_shapes(to_uint8(images))
+    assert (classes == labels).float().mean() >= 0.99
+    corners = torch.stack([images[:, :, i, j] for i in (0, -1) for j in (0, -1)]).median(0).values
+    assert ((corners / 2 + 0.5 - backgrounds).abs().amax(1) < 0.05).float().mean() > 0.99
+    assert ((colours - backgrounds).norm(dim=1) > 0.55).float().mean() > 0.99  # as they are drawn
+    noise = torch.randint(256, (200, 3, 16, 16), dtype=torch.uint8)
+    assert (shapes.read_shapes(noise)[0] == labels[:200]).float().mean() < 0.2
+    big, fixed = shapes.draw_shapes(9, 0, size=32, labels=[3] * 9)
+    assert big.shape == (9, 3, 32, 32) and (fixed == 3).all()
+
+
+def test_captions_and_their_images():
+    prompts, random = shapes.PROMPTS, np.random.default_rng(0)
+    meta = torch.load(t2i.EMBEDDED, weights_only=True)["meta"]
+    texts, tested = list(map(shapes.caption_of, prompts)), shapes.tested_prompts()
+    assert len(set(texts)) == 1120 and max(map(len, texts)) < t2i.MINI_NET["caption_tokens"]
+    assert texts[0] == "a small red circle on a green background" and meta["prompts"] == texts
+    assert meta["tested"] == list(map(shapes.caption_of, tested))
+    assert any(map(shapes.held_out, tested))
+    assert np.mean([shapes.held_out(prompt) for prompt in prompts]) == pytest.approx(0.1, abs=0.02)
+    images = torch.stack([shapes.draw_captioned(prompt, random) for prompt in prompts])
+    assert images.shape == (1120, 3, 16, 16) and images.abs().max() <= 1
+    right, wrong = [shapes.prompt_accuracy(images, v) for v in (prompts, prompts[::-1])]
+    assert min(right.values()) >= 0.99 and wrong["mean"] < 0.3
+    one_wrong = shapes.prompt_accuracy(images[:2], [prompts[0]] * 2)  # another background
+    assert one_wrong["all"] == one_wrong["background"] == 0.5 and one_wrong["shape"] == 1
+    pixels = (images - images[:, :, :1, :1]).abs().amax(1).gt(0.1).sum((1, 2)).float()
+    small, large = pixels.chunk(2)
+    assert small.mean() < 0.7 * large.mean()
+    true = shapes.draw_tested(1002, 1)
+    assert shapes.prompt_accuracy(true[1000:], tested[:2])["all"] == 1  # the prompts in turn
+
+
+def test_draw_writes_a_reference(tmp_path, refused):
+    out = tmp_path / "x.npz"
+    shapes.main(["--draw", "6", "--seed", "2", "--out", str(out)])
+    with np.load(out) as file:
+        assert file["images"].dtype == np.uint8 and file["images"].shape == (6, 16, 16, 3)
+        for k in range(6):
+            image, label = shapes.draw_shapes(1, [10**9 + 2 + k, 1, 1])
+            assert (file["images"][k] == to_uint8(image)[0].permute(1, 2, 0).numpy()).all()
+            assert file["labels"][k] == label
+    for argv, message in (([], "expected a run or --draw"), (["a", "--draw", 3], "not both"),
+                          (["--draw", 3, "--out", "x.pt"], "an .npz"), (["--draw", 0], "--draw"),
+                          ([tmp_path], "a run of stage 2 or")):
+        assert message in refused(shapes.main, argv), argv
+
+
+def make_run(folder, file, **meta):
+    """A run's folder with an embedded teacher as its generator. -> the folder"""
+    folder.mkdir()
+    saved = torch.load(file, weights_only=True)
+    save(saved | {"meta": meta}, folder / "g_ema.pt")
+    save({}, folder / "args.json")
+    return folder
+
+
+def test_class_accuracy_of_a_run(tmp_path, capsys, tiny, refused):
+    run = make_run(tmp_path / "run", edm.SHAPES, teacher="shapes")
+    shapes.main([str(run), "--n", "8", "--teacher-too", "--device", "cpu"])
+    found, net = json.loads((run / "shapes.json").read_text()), edm.load_denoiser(run)[0]
+    right = []
+    for k in range(8):
+        z, label = draw_latents([k], (3, 16, 16), 10)
+        x = edm.sample_one_step(net, 2.5, z, label)
+        right.append(shapes.read_shapes(to_uint8(x))[0] == label.argmax(1))
+    assert found["one step"]["class"] == pytest.approx(torch.cat(right).double().mean().item())
+    assert found["true images"]["class"] == 1
+    assert found["teacher, 35 evaluations"]["class"] > found["one step"]["class"]
+    assert f"{found['one step']['class']:10.1%}" in capsys.readouterr().out
+    assert "expected shapes" in refused(shapes.main, [make_run(tmp_path / "tiny", tiny)])
+    imports = make_run(tmp_path / "imports", edm.SHAPES, teacher="os:getcwd")
+    assert "no teacher of shapes" in refused(shapes.main, [imports, "--n", 2, "--teacher-too"])
+
+
+def test_prompt_accuracy_of_a_run(tmp_path):
+    run = make_run(tmp_path / "run", t2i.EMBEDDED, teacher="miniature", guidance=3.0)
+    shapes.main([str(run), "--n", "16", "--teacher-too", "--device", "cpu"])
+    found = json.loads((run / "shapes.json").read_text())
+    assert found["n"] == 16 and found["true images"]["all"] == 1
+    teacher, one_step = found["teacher, 14 steps"], found["one step"]
+    assert teacher["mean"] >= 0.9 and 0.3 < one_step["all"] <= teacher["all"]
+
+
+# ---- studies ----
+def test_every_command_of_a_study_is_one():
+    """Each stage's own parser takes the words of each run; the other methods are neighbours'."""
+    parsers = {"01_toy_2d.py": importlib.import_module("01_toy_2d").parse,
+               "02_edm_cifar.py": edm.stage_parser().parse_args,
+               "lab/neighbours.py": studies.neighbours.parse}
+    for study in studies.STUDIES.values():
+        for flags in [flags for panel in study.panels.values() for flags in panel.values()]:
+            script, *words = studies.command_of(study, flags)
+            args = parsers[script](words)
+            assert (script == "lab/neighbours.py") == (
+                args.method in studies.neighbours.NEIGHBOURS or args.teacher == "flow")
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_the_results_are_those_of_the_page(name, tmp_path, monkeypatch, capsys, refused):
+    results = tmp_path / "assets" / "results"
+    shutil.copytree(studies.RESULTS, results)
+    monkeypatch.setattr(studies, "RESULTS", results)
+    studies.main([name, "--draw"])
+    page = (ROOT / "lab" / "RESULTS.md").read_text().splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 3 and [line for line in lines if line not in page] == []
+    assert (results.parent / f"{name}.png").exists() != studies.STUDIES[name].samples
+    rows = json.loads((results / f"{name}.json").read_text())
+    assert {row["seed"] for row in rows} >= {0, 1, 2}
+    save([row for row in rows if row["flags"] != rows[1]["flags"]], results / f"{name}.json")
+    assert f"has no run of ['{rows[1]['flags']}']" in refused(studies.main, [name, "--draw"])
+
+
+STAGE = """import json, sys
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder, seed = Path(options["--out"]), int(options["--seed"])
+assert not (folder / "metrics.json").exists() and options.get("--lr") != "0"
+folder.mkdir(parents=True)
+json.dump({"steps": 4, "batch": 10, "segments": 2}, (folder / "args.json").open("w"))
+lines = [json.dumps({"step": k, "images": 10 * k, "sw2": 0.5 + k + seed}) for k in range(5)]
+(folder / "log.jsonl").write_text("\\n".join(lines) + '\\n{"st')
+if "--lr" in options:
+    sys.exit("error: step 3: y is nan; the last good checkpoint is step 2 in it. Try --fresh")
+json.dump({"sw2": 1.5 + seed, "mode_shares": [0.1, 0.7, 0.2]}, (folder / "metrics.json").open("w"))
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of a stage that is done at once; and the figures that are drawn."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    panels, figures = {"one": {"SIM": "", "fast": "--lr 9"}, "two": {"SIM again": ""}}, []
+    study = studies.Study(f"{tmp_path}/stage.py", "sw2", "W2", panels)
+    monkeypatch.setitem(studies.STUDIES, "tiny", study)
+    monkeypatch.setattr(studies, "RESULTS", tmp_path / "assets" / "results")
+    monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(studies.Figure, "savefig",
+                        lambda figure, path: figures.append(figure) or path.write_bytes(b""))
+    return study, figures
+
+
+def test_a_study_runs_what_is_missing_and_reports_it(study, tmp_path, capsys, refused):
+    (study, figures), results = study, tmp_path / "assets" / "results"
+    for _ in range(2):  # the second time, nothing but the run that stopped is missing
+        shutil.rmtree(studies.folder_of(study, "--lr 9", 0), ignore_errors=True)
+        studies.run_study("tiny", 1, 2)
+    rows = json.loads((results / "tiny.json").read_text())
+    assert [row["flags"] for row in rows] == ["", "--lr 9"] and "is nan" in rows[1]["stopped"]
+    assert rows[0]["curve"] == [[0, 0.5], [10, 1.5], [20, 2.5], [30, 3.5], [40, 4.5]]
+    assert (rows[0]["poorest"], rows[0]["richest"], rows[0]["evaluations"]) == (0.1, 0.7, 2)
+    save([*rows, rows[0] | {"seed": 1, "sw2": 2.5, "curve": [[0, 2.5], [10, 3.5]]}],
+         results / "tiny.json")
+    studies.report_study("tiny")
+    out = capsys.readouterr().out
+    assert "| SIM | 1.5 to 2.5 | 10.0% | 70.0% |" in out and "| fast | 1 stopped | 1 stopped" in out
+    sim, axes = figures[0].axes[0].lines[0], figures[0].axes[0]
+    assert sim.get_label() == "SIM" and len(figures[0].axes) == 2
+    assert sim.get_ydata().tolist() == [1.5, 2.5, 2.5, 3.5, 4.5]  # a median as far as there are two
+    assert axes.collections[0].get_datalim(axes.transData).ymin == 0.5
+    study.panels["one"]["fast"] = "--lr 0"
+    assert "stopped: AssertionError" in refused(studies.main, ["tiny", "--seeds", 1])
+
+
+@pytest.mark.slow
+def test_a_study_of_real_runs_draws_their_samples(tmp_path, monkeypatch):
+    short = "--steps 3 --batch 64"
+    panels = {"one": {"SIM": f"{short} --pretrain-steps 3", "iCT": f"{short} --method ct"}}
+    monkeypatch.setitem(studies.STUDIES, "tiny", studies.Study(*studies.TOY, panels, samples=True))
+    monkeypatch.setattr(studies, "RESULTS", tmp_path / "assets" / "results")
+    monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
+    studies.main(["tiny", "--seeds", "1"])
+    rows = json.loads((tmp_path / "assets" / "results" / "tiny.json").read_text())
+    assert all(row["curve"][-1][0] == 3 * 64 and row["sw2"] > 0 for row in rows) and len(rows) == 2
+    with Image.open(tmp_path / "assets" / "tiny.png") as picture:
+        assert picture.size == (3 * 360, 386)
+
+
+def test_plot_draws_the_logs_of_any_runs(study, tmp_path, capsys, refused):
+    for name, sign in (("a", 1), ("b", -1)):
+        (tmp_path / name).mkdir()
+        lines = [{"images": 10 * k, "fd": 2.0 + k, "y": sign * k} for k in range(3)]
+        text = "\n".join(map(json.dumps, [*lines, {"images": 30, "divergence": 7.0}]))
+        (tmp_path / name / "log.jsonl").write_text(text + '\n{"images": 40, "fd"')
+    runs, figures = [str(tmp_path / "a"), str(tmp_path / "b")], study[1]
+    studies.main(["plot", *runs])
+    assert (tmp_path / "a" / "curves.png").exists() and "curves.png" in capsys.readouterr().out
+    studies.main(["plot", *runs, "--keys", "y,sw2", "--out", str(tmp_path / "y.png")])
+    assert (tmp_path / "y.png").exists()
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
+    assert titles == [["divergence", "fd"], ["y"]]
+    fd, y = figures[0].axes[1], figures[1].axes[0]
+    assert (fd.get_yscale(), y.get_yscale()) == ("log", "linear")
+    assert [line.get_label() for line in y.lines] == ["a", "b"]
+    assert y.lines[1].get_xydata().tolist() == [[0, 0], [10, -1], [20, -2]]
+    for argv, message in ((["plot"], "expects runs"), (["teachers", runs[0]], "expects none"),
+                          (["plot", *runs, "--keys", "z"], "among divergence, fd, images, y"),
+                          (["no-such"], "invalid choice"), (["plot", "none"], "log.jsonl")):
+        assert message in refused(studies.main, argv), argv

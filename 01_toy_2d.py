@@ -15,12 +15,12 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, check_batch,
-                    count, diffuse, dsm_loss, edm_sampler, ema_beta, ema_update,
-                    image_grid, lambda_edm, load_generator, make_generator_loss, make_parser,
-                    micro_batches, one_line_errors, p_edm, p_karras, parse_distance, pick_device,
-                    progress, reading, run_folder, sample_path, save, save_picture, seed_step,
-                    sim_loss, train_only, update)
+from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
+                    dsm_loss, edm_sampler, ema_beta, ema_update, image_grid, lambda_edm,
+                    load_generator, make_generator_loss, make_parser, micro_batches,
+                    one_line_errors, p_edm, p_karras, parse_distance, pick_device, progress,
+                    reading, sample_path, save, save_picture, seed_step, sim_loss, train_only,
+                    update)
 
 import numpy as np
 import torch
@@ -408,7 +408,7 @@ def summarise(args, run, mixture, d_q, student, n=10_000, sets=8):
     save_picture(beside(pictures), run.folder / "samples.png")
     frames = [Image.open(path) for path in sorted((run.folder / "samples").glob("[0-9]*.png"))]
     save_picture(frames[0], run.folder / "animation.gif", frames[1:])
-    save(metrics, run.folder / "metrics.json")  # last: a run that has this file is finished
+    run.finish(metrics)
     print(f"{seconds:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for name, r in results.items():
         low, high = min(r["mode_shares"]), max(r["mode_shares"])
@@ -459,11 +459,10 @@ def main(argv=None):
     torch.set_num_threads(min(2, torch.get_num_threads()))  # more slow down networks this small
     if args.sample:
         return sample(args)
-    device, folder = pick_device(args.device), run_folder(args, args.mixture)
+    device, folder = pick_device(args.device), Run.default_folder(args, args.mixture)
     if args.part == "theorem":
         folder.mkdir(parents=True, exist_ok=True)
         return save(theorem(args.thorough), folder / "theorem.json")
-    check_batch(args)
     torch.manual_seed(args.seed)
     net = make_denoiser().to(device)
     run = prepare(args, folder, net)

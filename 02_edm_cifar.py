@@ -17,12 +17,11 @@ import pickle
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, UserError, add_image_options, at_least_0, atomic, batch_sum,
-                    check_batch, checked, draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update,
-                    fetch, frechet_distance, image_grid, lambda_edm, load_frozen, load_generator,
-                    make_generator_loss, make_parser, micro_batches, moments, one_line_errors,
-                    p_edm, p_karras, parse_distance, pick_device, reading, require, run_folder,
-                    sample_path, save, save_picture, seed_step, set_tf32, sha256, to_uint8,
+from common import (EDMPrecond, Run, UserError, atomic, batch_sum, checked, distance_to_truth,
+                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid,
+                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
+                    micro_batches, one_line_errors, p_edm, p_karras, parse_distance, pick_device,
+                    reading, require, sample_path, save_picture, seed_step, sha256, to_uint8,
                     train_only, update)
 
 import numpy as np
@@ -416,8 +415,7 @@ def teacher_features(net, images, t=0.2, batch=500):
 def truth_distance(teacher, images, meta):
     """The Frechet distance to the true images whose moments are in the teacher's file, in the
     teacher's own features. This number is not FID, which is taken in Inception's features."""
-    features = teacher_features(teacher, images.clamp(-1, 1)).cpu()
-    return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
+    return distance_to_truth(teacher_features(teacher, images.clamp(-1, 1)).cpu(), meta)
 
 
 def picture(columns, rows=10):
@@ -551,7 +549,7 @@ def summarise(args, run, d_q, meta, shown):
               f"  teacher, 35 evaluations  {metrics['fd_teacher']:.4f}\n"
               f"  one step                 {metrics['fd']:.4f}, "
               f"{metrics['fd'] / metrics['fd_teacher']:.2f} times the teacher's")
-    save(metrics, run.folder / "metrics.json")  # last: a run that has this file is finished
+    run.finish(metrics)
     own = f" --teacher {metrics['teacher']}" if ":" in metrics["teacher"] else ""
     print(f"{metrics['seconds']:.0f} s; pictures: {run.folder}/samples.png (teacher | one step)\n"
           f"next: python 02_edm_cifar.py --sample {run.folder}{own} --n 64 --teacher-sample")
@@ -561,7 +559,7 @@ def summarise(args, run, d_q, meta, shown):
 def sample(args, device):
     """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs."""
     g, t_star, meta = load_denoiser(args.sample, args.teacher if ":" in args.teacher else "")
-    require(not args.classes or max(args.classes) < g.label_dim,
+    require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     seeds = range(args.seed, args.seed + args.n)
     latents = draw_latents(seeds, g.image_shape, g.label_dim, args.classes)
@@ -605,11 +603,11 @@ def write_samples(out, sets, labels, seed):
 # ---- The command line ----
 def class_list(text):
     """An argparse type: "0,3,7" -> [0, 3, 7]"""
-    return [at_least_0(word) for word in text.split(",")]
+    return [int(word) for word in text.split(",")]
 
 
 def stage_parser():
-    parser = make_parser(__doc__, **PRESETS["shapes"])
+    parser = make_parser(__doc__, images=True, **PRESETS["shapes"])
     add = parser.add_argument_group("stage 2").add_argument
     add("--teacher", default="auto", help=f"auto, shapes (embedded), {', '.join(CIFAR)} (NVIDIA's "
         "CIFAR-10), a .pkl or .pt file, a run, or package.module:function")
@@ -618,7 +616,6 @@ def stage_parser():
     add("--p-theta", choices=("lognormal", "karras"), help="g's noise levels: (B.10) or (B.8)")
     add("--dropout", type=checked(float, lambda v: 0 <= v < 1, "number from 0 to below 1"),
         help="in the network that learns (SiD: 0.13)")
-    add_image_options(add)
     add("--classes", type=class_list, help="of --sample, as 0,3,7, in turn; random unless given")
     add("--teacher-sample", action="store_true", help="--sample: the teacher's images beside")
     return parser
@@ -628,8 +625,7 @@ def stage_parser():
 def main(argv=None):
     parser = stage_parser()
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
-    set_tf32(args.tf32)
+    device = pick_device(args.device, args.tf32)
     if args.sample:
         parser.set_defaults(t_star=None)  # the file's own
         return sample(parser.parse_args(argv), device)
@@ -637,12 +633,11 @@ def main(argv=None):
     preset = args.preset or ("shapes" if teacher == "shapes" else "paper")
     parser.set_defaults(**PRESETS[preset], preset=preset)
     args = parser.parse_args(argv)  # again, now that the defaults are known
-    check_batch(args)
     d_q, meta, facts = load_teacher(teacher)
     layout = torch.channels_last if args.amp == "bf16" else torch.preserve_format
     d_q = d_q.to(device, memory_format=layout)  # channels_last: the fastest bfloat16 convolutions
     name = teacher.replace(":", ".") if ":" in teacher else Path(teacher).stem
-    distil(args, run_folder(args, name), d_q, meta, facts)
+    distil(args, Run.default_folder(args, name), d_q, meta, facts)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, add_image_options, atomic, barrier, batch_sum, check_batch,
-                    checked, count, dpm_solver, draw_latents, dsm_loss, edm_sampler, ema_beta,
-                    ema_update, frechet_distance, image_grid, lambda_edm, load_frozen,
-                    load_generator, make_generator_loss, make_parser, micro_batches, moments,
-                    one_line_errors, p_edm, parse_distance, pick_device, progress, rank_and_ranks,
-                    reading, require, run_folder, sample_path, save, save_picture, seed_step,
-                    set_tf32, sha256, to_uint8, train_only, update)
+from common import (EDMPrecond, Run, atomic, batch_sum, checked, count, distance_to_truth,
+                    dpm_solver, draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update,
+                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
+                    make_parser, micro_batches, one_line_errors, p_edm, parse_distance,
+                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
+                    seed_step, sha256, to_uint8, train_only, update)
 
 import numpy as np
 import torch
@@ -478,13 +477,12 @@ def encode_once(pipeline, prompts):
     files = sorted((str(file), file.stat().st_size) for file in Path(folder).rglob("*.*"))
     key = json.dumps([prompts, pipeline.net.model.tokens, files])
     path = Path(f"checkpoints/captions-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
-    if rank_and_ranks()[0] == 0 and not path.exists():
-        path.parent.mkdir(exist_ok=True)
+
+    def make():
         captions = pipeline.encode(prompts)
-        lengths = [len(caption) for caption in captions]
-        save({"tokens": torch.cat(captions), "lengths": lengths}, path)
-        print(f"the prompts are encoded in {path}, {path.stat().st_size / 1e9:.2f} GB")
-    barrier()
+        return {"tokens": torch.cat(captions), "lengths": [len(caption) for caption in captions]}
+
+    save_once(path, make)
     with reading(path, "encoded prompts: remove this file"):
         saved = torch.load(path, mmap=True, weights_only=True)
         return saved["tokens"].split(saved["lengths"])
@@ -671,8 +669,8 @@ class Judge:
         images = self.pipeline.decode(solve(self.z, *self.cond)).cpu()
         milliseconds = 1e3 * (time.perf_counter() - begun) / len(images)
         if "mu" in self.meta:
-            found = moments(token_features(self.pipeline.net, images.clamp(-1, 1)))
-            figures["fd"] = frechet_distance(*found, self.meta["mu"], self.meta["sigma"])
+            features = token_features(self.pipeline.net, images.clamp(-1, 1))
+            figures["fd"] = distance_to_truth(features, self.meta)
         return images, figures | {"ms_image": milliseconds}
 
 
@@ -796,7 +794,7 @@ def summarise(args, run, d_q, judge):
     if "fd_real" in judge.meta:
         rows = {"true images": {"fd": judge.meta["fd_real"]}} | rows
     save_picture(captioned([above, below], judge.prompts[:20]), run.folder / "samples.png")
-    save(metrics | rows, run.folder / "metrics.json")  # last: a run with this file is finished
+    run.finish(metrics | rows)
     for name, row in rows.items():
         print(f"{name:12}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
     prompt = shlex.quote(judge.prompts[0])
@@ -863,13 +861,12 @@ def write_samples(out, sets, texts):
 
 # ---- The command line ----
 def stage_parser():
-    parser = make_parser(__doc__, **PRESETS["miniature"])
+    parser = make_parser(__doc__, images=True, **PRESETS["miniature"])
     add = parser.add_argument_group("stage 3").add_argument
     add("--teacher", default="auto", help="auto, miniature (embedded), pixart (in checkpoints/), a "
         "run, a .pt of this project, a .pth, or a folder of diffusers")
     add("--preset", choices=PRESETS, help="the defaults of all other options: miniature with that "
         "teacher, else paper (B.3)")
-    add_image_options(add)
     add("--guidance", type=checked(float, lambda w: w >= 0, "number >= 0"), help="w; 1 is none")
     add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time")
@@ -890,8 +887,7 @@ def stage_parser():
 def main(argv=None):
     parser = stage_parser()
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
-    set_tf32(args.tf32)
+    device = pick_device(args.device, args.tf32)
     if args.sample:
         parser.set_defaults(t_star=None, guidance=None)  # those in the file
         return sample(parser.parse_args(argv), device)
@@ -903,14 +899,13 @@ def main(argv=None):
     preset = args.preset or ("miniature" if small else "paper")
     parser.set_defaults(**PRESETS[preset], preset=preset)
     args = parser.parse_args(argv)  # again, now that the defaults are known
-    check_batch(args)
     prompts = read_prompts(args.prompts) if args.prompts else meta.get("prompts")
     require(prompts, "this teacher needs texts to train on: --prompts FILE, one prompt a line")
     texts = [*prompts, ""]
     *captions, blank = pipeline.encode(texts) if small else encode_once(pipeline, texts)
     facts |= {"prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
               "guidance": args.guidance}
-    run = prepare(args, run_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
+    run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
         d_q = Guided(pipeline.net, args.guidance, blank)
         distil(args, run, d_q, captions, Judge(pipeline, prompts, captions, meta))

@@ -332,6 +332,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(distance.item(), 0.0)
 
 
+def distance_to_truth(features, meta):
+    """The Frechet distance of features (N, D) to the true ones whose moments are in a teacher's
+    file. This number is FID only for the features of Inception."""
+    return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
+
+
 # ==== The run kit: what any training run needs. Nothing below is about the paper ====
 
 # ---- Training ----
@@ -420,9 +426,11 @@ def check_batch(args):
             f"at most a rank's share of --batch, {args.batch // ranks}")
 
 
-def pick_device(name="auto"):
+def pick_device(name="auto", tf32=False):
     """auto is cuda, else mps, else cpu. Under torchrun each rank joins the others, on a GPU of its
     own, and only the first one prints. UserError for a device that is not there."""
+    # torch has TensorFloat-32 on for the convolutions of a GPU, unless one turns it off.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     ranked = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -441,10 +449,6 @@ def pick_device(name="auto"):
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
-
-
-def set_tf32(on):  # for products, and for convolutions, where torch's default is on
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 # ---- Errors and the command line ----
@@ -516,8 +520,9 @@ def plain_parser(doc):
     return parser
 
 
-def make_parser(doc, methods=(), **defaults):
-    """plain_parser with the options that all stages share, and these defaults."""
+def make_parser(doc, methods=(), images=False, **defaults):
+    """plain_parser with the options that all stages share, or those of images, and these
+    defaults."""
     parser = plain_parser(doc)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=("sim", "sid", "di", *methods), help="or another, to compare")
@@ -538,6 +543,11 @@ def make_parser(doc, methods=(), **defaults):
     add("--psi-std", type=positive, help="std of d_psi's log t (B.6: 1.2; B.3: 2)")
     add("--psi-updates", type=count, help="for each update of g (Algorithm 2: 1; Listing 1: 2)")
     add("--ema-half-life", type=positive, help="of g's average, in samples (SiD: 5e5)")
+    if images:
+        add("--adam-eps", type=positive, help="of both Adams")
+        add("--amp", choices=("none", "bf16"), help="bf16: autocast of the networks to bfloat16")
+        add("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
+        add("--compile", action="store_true", help="torch.compile of the networks")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=at_least_0, default=0, help="of everything random")
     add("--device", default="auto", help="auto (the best one here), cpu, cuda or mps")
@@ -549,14 +559,6 @@ def make_parser(doc, methods=(), **defaults):
     add("--n", type=count, help="how many samples --sample draws")
     parser.set_defaults(**defaults)
     return parser
-
-
-def add_image_options(add):
-    """What stages 2 and 3 take besides."""
-    add("--adam-eps", type=positive, help="of both Adams")
-    add("--amp", choices=("none", "bf16"), help="bf16: autocast of the networks to bfloat16")
-    add("--tf32", action="store_true", help="TensorFloat-32 on GPUs, convolutions included")
-    add("--compile", action="store_true", help="torch.compile of the networks")
 
 
 # ---- Files: written under a temporary name, then renamed; read without executing anything ----
@@ -598,6 +600,15 @@ def sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_once(path, make):
+    """A file in checkpoints/ that all ranks read: the first rank saves make() if there is none."""
+    if rank_and_ranks()[0] == 0 and not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        save(make(), path)
+        print(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+    barrier()
 
 
 def fetch(url):
@@ -654,13 +665,6 @@ def load_frozen(build, net_args, state, device="meta"):
 
 
 # ---- A run ----
-def run_folder(args, name):
-    """--out or, unless given, runs/NAME-METHOD-DISTANCE-SEED. NAME says what the teacher is."""
-    short = args.distance.split(",")[0]
-    distance = short if distance_type(short) == args.distance else args.distance.replace(",", "-")
-    return Path(args.out or f"runs/{name}-{args.method}-{distance}-{args.seed}")
-
-
 class Run:
     """A training run and its folder: args.json says what the run is, log.jsonl how it went. ckpt.pt
     is the state of the parts (networks and optimisers), to continue from; g_ema.pt is the
@@ -674,6 +678,7 @@ class Run:
                   "prompt_file", "teacher_steps", "solver", "latents"}  # and the run is the same
 
     def __init__(self, args, folder, facts, generator, net_args, **parts):
+        check_batch(args)
         self.args, self.folder, self.facts, self.parts = args, Path(folder), facts, parts
         self.generator, self.net_args = generator, net_args
         self.log, self.checkpoint = self.folder / "log.jsonl", self.folder / "ckpt.pt"
@@ -691,6 +696,14 @@ class Run:
                 temporary.write_text("".join(lines if self.step else []))
         self.first_step = self.written_step = self.saved_step = self.step
         self.begun = self.written = self.paused = time.time()
+
+    @staticmethod
+    def default_folder(args, name):
+        """--out or, unless given, runs/NAME-METHOD-DISTANCE-SEED. NAME says what the teacher is."""
+        short = args.distance.split(",")[0]
+        if args.distance != distance_type(short):
+            short = args.distance.replace(",", "-")
+        return Path(args.out or f"runs/{name}-{args.method}-{short}-{args.seed}")
 
     def open_folder(self):
         """Make the folder, or check that it holds this run; lock it; write args.json."""
@@ -738,6 +751,10 @@ class Run:
             self.save_generator()  # a lost one
         if self.step < self.args.steps:
             print(f"{self.folder} goes on from step {self.step} of {self.args.steps}")
+
+    def finish(self, metrics):
+        """Write metrics.json, as the last file: a run that has this file is finished."""
+        save(metrics, self.folder / "metrics.json")
 
     def finished(self):
         """True, and said, if nothing of the run is left to do."""

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch,
                     frechet_distance, one_line_errors, pick_device, plain_parser, positive,
-                    progress, rank_and_ranks, reading, require, save, set_tf32, sha256,
-                    sum_over_ranks, to_uint8)
+                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks,
+                    to_uint8)
 
 import numpy as np
 import torch
@@ -378,7 +378,6 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = parse(words)
     device, path = pick_device(args.device), Path(args.source)
-    set_tf32(False)
     is_run = (path / "g_ema.pt").exists()
     of_network = is_run or path.suffix in (".pt", ".pkl")
     images = generated(path, args, device) if of_network else open_images(path)

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import EDMPrecond, one_line_errors, pick_device, require, set_tf32
+from common import EDMPrecond, one_line_errors, pick_device, require
 
 import numpy as np
 import torch
@@ -254,8 +254,7 @@ def main(argv=None):
     module, make_case, small = STAGES[words[1]]
     stage = importlib.import_module(module)
     args = parse(stage.stage_parser(), stage.PRESETS, small, words[2:])
-    device = pick_device(args.device)
-    set_tf32(args.tf32)
+    device = pick_device(args.device, args.tf32)
     if words[0] == "memory":
         return report_memory(args, make_case)
     report_speed(args, make_case(args, device), device)

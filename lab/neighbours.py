@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (atomic, batch_sum, check_batch, count, di_loss, diffuse, dsm_loss, edm_sampler,
+from common import (Run, atomic, batch_sum, count, di_loss, diffuse, dsm_loss, edm_sampler,
                     ema_beta, ema_update, heun, l2, load_generator, make_parser, nowgt,
-                    one_line_errors, p_edm, p_karras, phuber, pick_device, rank_and_ranks,
-                    reading, require, run_folder, sampling_times, seed_step, sid_loss, sidwgt,
-                    sim_loss, train_only, update)
+                    one_line_errors, p_edm, p_karras, phuber, pick_device, rank_and_ranks, reading,
+                    require, sampling_times, seed_step, sid_loss, sidwgt, sim_loss, train_only,
+                    update)
 
 import torch
 from matplotlib.figure import Figure
@@ -325,8 +325,8 @@ def main(argv=None):
     if args.sample:
         return sample(args)
     # Stage 1 names its runs after the mixture alone, so that these never meet.
-    device, folder = pick_device(args.device), run_folder(args, f"{args.mixture}-{args.teacher}")
-    check_batch(args)
+    folder = Run.default_folder(args, f"{args.mixture}-{args.teacher}")
+    device = pick_device(args.device)
     require(args.method not in NEIGHBOURS or rank_and_ranks()[1] == 1,
             f"--method {args.method} is for one process: start the script without torchrun")
     torch.manual_seed(args.seed)

@@ -174,7 +174,7 @@ def parse(argv):
     add("--out", help="the run's folder")
     add("--fresh", action="store_true", help="start anew; an older run is moved aside")
     recipe = RECIPES.get(words[0] if words else "", {})
-    parser.set_defaults(seed=0, t_star=2.5, **recipe)  # t*: Table 5, for a first look at g
+    parser.set_defaults(seed=0, batch_gpu=None, t_star=2.5, **recipe)  # t*: Table 5
     return parser.parse_args(words)
 
 

@@ -287,4 +287,4 @@ def test_the_folder_is_named_after_the_run():
                           ("--mixture grid --method sid --seed 4", "grid-sid-phuber-4"),
                           ("--distance phuber,c=.5", "ring-sim-phuber-c=0.5-0")):
         args = toy.parse(options.split())
-        assert str(common.run_folder(args, args.mixture)) == f"runs/{name}"
+        assert str(common.Run.default_folder(args, args.mixture)) == f"runs/{name}"

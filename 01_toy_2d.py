@@ -16,17 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
-                    dsm_loss, edm_sampler, ema_beta, ema_update, image_grid, lambda_edm,
-                    load_generator, make_generator_loss, make_parser, micro_batches,
-                    one_line_errors, p_edm, p_karras, parse_distance, pick_device, progress,
-                    reading, sample_path, save, save_picture, seed_step, sim_loss, train_only,
-                    update)
+                    dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm, load_generator,
+                    make_generator_loss, make_parser, micro_batches, one_line_errors, p_edm,
+                    p_karras, parse_distance, pick_device, progress, reading, sample_path, save,
+                    save_picture, seed_step, sim_loss, train_only, update)
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.nn import functional as F
 
 # What Algorithm 2 needs for these mixtures, measured on the ring. Stage 2 has the paper's settings.
 RING = {"method": "sim", "sid_alpha": 1.0, "steps": 4000, "batch": 1024, "lr": 2e-3,
@@ -39,14 +37,12 @@ LOOKS = 60  # at the generator during a run: the frames of the animation
 # ---- Gaussian mixtures: the teacher and, with std = 0, the student of the theorem ----
 @dataclass
 class Mixture:
-    """Equal Gaussians of means (K, D) and one std, diffused to x_t = a x_0 + s eps. In the paper
-    a is 1 and s is t."""
+    """Equal Gaussians of means (K, D) and one std; x_t = a x_0 + s eps (paper: x_0 + t eps)."""
     means: torch.Tensor
     std: float
 
     def denoiser(self, x, s, a=1.0):
-        """E[x_0 | x_t = x] exactly, (B, D) -> (B, D): the mean of each Gaussian's posterior mean,
-        weighted by the posterior probability of that Gaussian."""
+        """E[x_0 | x_t = x] exactly, (B, D) -> (B, D). Each Gaussian's has its posterior weight."""
         var = (a * self.std)**2 + s**2
         # The term |x|^2 of each log-density is the same for all Gaussians, and cancels.
         logits = (a * x @ self.means.T - a**2 * (self.means**2).sum(1) / 2) / var
@@ -94,9 +90,8 @@ THEOREM = [("l2", {}, 2), ("power", {"alpha": 4}, 2), ("exp", {"alpha": 2, "beta
 def sim_loss_score(s_psi, s_q, x_0, a, s, distance, eps):
     """(3.7) as printed, for scores and x_t = a x_0 + s eps. -> loss (B,); y_t detached"""
     x_t = a * x_0 + s * eps
-    student = s_psi(x_t, s, a)
+    student, grad_log_q = s_psi(x_t, s, a), -eps / s  # of q(x_t | x_0)
     y_t = student - s_q(x_t, s, a)
-    grad_log_q = -eps / s  # of q(x_t | x_0)
     return -batch_sum(distance.d_prime(y_t) * (student - grad_log_q)), y_t.detach()
 
 
@@ -134,8 +129,8 @@ def small_generator(dim):
 
 
 def trapezoid(dim, nodes, reach=8.5):
-    """-> eps (M, dim) and weights (M,) of the mean over N(0, I). The trapezoid rule converges
-    exponentially for smooth integrands that vanish at the ends."""
+    """-> eps (M, dim) and weights (M,) of a mean over N(0, I), with an error that falls
+    exponentially with the number of nodes for smooth integrands that vanish at the ends."""
     axis = torch.linspace(-reach, reach, nodes, dtype=torch.float64)
     eps = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
     return eps, torch.softmax(-(eps**2).sum(1) / 2, dim=0)
@@ -148,10 +143,8 @@ def theorem_error(t, process, space, distance, dim, nodes, loss=sim_loss):
     (a, s), (eps, weights) = PROCESSES[process](t), trapezoid(dim, nodes)
     g_of_z = g(z)
     points = g_of_z.detach().requires_grad_()
-    in_space = {"denoiser": Mixture.denoiser, "score": Mixture.score}[space]
-    student, frozen_student, teacher = [
-        partial(in_space, mixture) for mixture in (Mixture(points, 0.0),
-                                                   Mixture(points.detach(), 0.0), teacher)]
+    mixtures = Mixture(points, 0.0), Mixture(points.detach(), 0.0), teacher
+    student, frozen_student, teacher = [getattr(mixture, space) for mixture in mixtures]
     left, right = torch.zeros_like(points), torch.zeros_like(points)
     for x_0 in points:
         x_t = (a * x_0 + s * eps).detach()  # in (3.5) theta moves the score, and not the x_t
@@ -176,8 +169,7 @@ def theorem(thorough=False):
               for wrong in WRONG.items()]
     times = (0.3, 0.5, 1.0, 2.5, 5.0) if thorough else (0.5, 1.0, 2.5)
     nodes = {1: 800_001, 2: 601} if thorough else {1: 80_001, 2: 289}
-    title = "Theorem 3.1: |left - right| / |left| of (3.6)"
-    print(title.ljust(62), *[f"t = {t:<7}" for t in times])
+    print(f"{'Theorem 3.1: |left - right| / |left| of (3.6)':62}", *[f"t = {t:<7}" for t in times])
     rows = []
     for name, settings, dim, process, space, variant, loss in cases:
         for t in times:
@@ -193,7 +185,7 @@ def theorem(thorough=False):
         parameters = " ".join(f"{key}={value}" for key, value in settings.items())
         label = f"{process} {space:8} {dim}-D {name} {parameters}"
         errors = [f"{row['relative_error']:<11.1e}" for row in rows[-len(times):]]
-        print(label.ljust(43), variant.ljust(18), *errors, flush=True)
+        print(f"{label:43} {variant:18}", *errors, flush=True)
     print("l1 fails since sign(y_i) jumps at 0: (3.6) needs the jump, autograd's derivative is 0.")
     return rows
 
@@ -224,8 +216,7 @@ def denoising_loss(net, x_0):
 
 
 def pretrain(args, net, mixture, loss_of=denoising_loss):
-    """net learns the mixture's denoiser: what g and d_psi start from, and what d_q is with
-    --teacher learned."""
+    """net learns the denoiser that g and d_psi start from, and that --teacher learned means."""
     optimiser = torch.optim.Adam(net.parameters(), fused=True)
     for step in progress(range(args.pretrain_steps), f"pretraining on the {args.mixture}"):
         loss_of(net, mixture.sample(args.batch)).mean().backward()
@@ -239,24 +230,22 @@ def prepare(args, folder, net, net_args=None, **facts):
     d_psi, g, g_ema, learned = [copy.deepcopy(net) for _ in range(4)]
     for frozen in (g_ema, learned):
         frozen.eval().requires_grad_(False)
-    opt_psi, opt_theta = [torch.optim.Adam(part.parameters(), betas=(0.0, 0.999), fused=True)
-                          for part in (d_psi, g)]  # betas: Table 5
-    facts = {"mixture": args.mixture, **facts}
-    return Run(args, folder, facts, g_ema, net_args or {}, d_psi=d_psi, g=g, g_ema=g_ema,
-               opt_psi=opt_psi, opt_theta=opt_theta, learned=learned)
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)  # Table 5
+    return Run(args, folder, {"mixture": args.mixture, **facts}, g_ema, net_args or {},
+               d_psi=d_psi, g=g, g_ema=g_ema, opt_psi=adam(d_psi.parameters()),
+               opt_theta=adam(g.parameters()), learned=learned)
 
 
 def draw_batch(args, device, phase, random):
-    """What an update of Algorithm 2 needs, for phase "psi" or "theta" -> [(z, t, eps, cond)], its
-    micro-batches. Points in the plane have no condition."""
-    where = {"device": device, "generator": random}
+    """An update's micro-batches [(z, t, eps, cond)], for phase "psi" or "theta". cond is empty."""
+    where, column = {"device": device, "generator": random}, (args.batch, 1)
     z, eps = [torch.randn(args.batch, 2, **where) for _ in range(2)]
     if phase == "psi":
-        t = p_edm((args.batch, 1), args.psi_mean, args.psi_std, **where)  # (B.6)
+        t = p_edm(column, args.psi_mean, args.psi_std, **where)  # (B.6)
     elif args.p_theta == "karras":
-        t = p_karras((args.batch, 1), **where)  # (B.8)
+        t = p_karras(column, **where)  # (B.8)
     else:
-        t = p_edm((args.batch, 1), args.p_mean, args.p_std, **where)  # (B.10)
+        t = p_edm(column, args.p_mean, args.p_std, **where)  # (B.10)
     return micro_batches((args.t_star * z, t, eps, eps[:, :0]), args.batch_gpu)
 
 
@@ -268,9 +257,7 @@ def train(args, d_q, run, evaluate):
                       make_generator_loss(args, distance))
     weight_psi, device = lambda_edm, next(g.parameters()).device
     draw = partial(draw_batch, args, device)
-
-    def bind(denoiser, cond):  # -> (x_t, t) -> denoised, for this condition
-        return denoiser
+    bind = lambda denoiser, cond: denoiser  # -> (x_t, t) -> denoised; points have no condition
 
     def generate(g, z, cond):
         return g(z, args.t_star)  # (B.4)
@@ -341,19 +328,13 @@ def panel(mixture, x, title, size=360):
     place = (x[:4000].cpu() * torch.tensor([1.0, -1.0]) + reach) / (2 * reach)
     column, row = (place[((place >= 0) & (place < 1)).all(1)] * size).long().T
     points = torch.bincount(row * size + column, minlength=size**2).float().reshape(1, size, size)
-    points = F.max_pool2d(points, 3, stride=1, padding=1)[0, :, :, None]  # 3 x 3 pixels a point
+    points = nn.functional.max_pool2d(points, 3, 1, 1)[0, :, :, None]  # 3 x 3 pixels a point
     opacity = 1 - 0.6**points
     rgb = (1 - blue) * (1 - opacity) + torch.tensor([0.82, 0.29, 0.36]) * opacity
     picture = Image.new("RGB", (size, size + 26), "white")
     picture.paste(Image.fromarray((255 * rgb).byte().numpy()), (0, 26))
     ImageDraw.Draw(picture).text((size // 2, 13), title, "black", anchor="mm", font_size=15)
     return picture
-
-
-def beside(pictures):
-    """Pillow images of one size, side by side."""
-    arrays = [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
-    return image_grid(torch.stack(arrays), columns=len(pictures))
 
 
 def one_step(g, z, t_star):
@@ -377,8 +358,8 @@ def distil(args, run, mixture, net, train=train, pretrain=pretrain, sample=one_s
         z = torch.randn(10_000, 2, device=device, generator=random)
         x, exact = sample(g, z, args.t_star), mixture.sample(10_000, random)
         (run.folder / "samples").mkdir(exist_ok=True)
-        frame = run.folder / "samples" / f"{run.step:06}.png"
-        save_picture(panel(mixture, x, f"step {run.step}"), frame)
+        picture = panel(mixture, x, f"step {run.step}")
+        save_picture(picture, run.folder / "samples" / f"{run.step:06}.png")
         return {"sw2": sliced_w2(projections(x, 20), projections(exact, 20))}
 
     if run.step == 0 and run.is_first:
@@ -399,13 +380,12 @@ def summarise(args, run, mixture, d_q, student, n=10_000, sets=8):
     samples = {"data": exact, "teacher, 35 evaluations": teacher,
                "generator": [student(normal()) for _ in range(sets)]}
     results = {name: measure(group, exact, mixture) for name, group in samples.items()}
-    names = ("method", "distance", "seed", "steps")
-    metrics = run.facts | {name: getattr(args, name) for name in names} | {"seconds": seconds}
-    metrics |= results["generator"]
+    metrics = run.facts | {k: getattr(args, k) for k in ("method", "distance", "seed", "steps")}
+    metrics |= {"seconds": seconds} | results["generator"]
     metrics |= {f"{key}_teacher": v for key, v in results["teacher, 35 evaluations"].items()}
     metrics |= {f"{key}_exact": v for key, v in results["data"].items()}
-    pictures = [panel(mixture, group[0], name) for name, group in samples.items()]
-    save_picture(beside(pictures), run.folder / "samples.png")
+    panels = [np.array(panel(mixture, group[0], name)) for name, group in samples.items()]
+    save_picture(Image.fromarray(np.hstack(panels)), run.folder / "samples.png")
     frames = [Image.open(path) for path in sorted((run.folder / "samples").glob("[0-9]*.png"))]
     save_picture(frames[0], run.folder / "animation.gif", frames[1:])
     run.finish(metrics)
@@ -422,8 +402,8 @@ def sample(args, build=make_denoiser, sampler=one_step):
     g, t_star, meta = load_generator(args.sample, build)
     out = sample_path(args, args.sample)
     out = out if out.suffix else out / "samples.png"
-    random = torch.Generator().manual_seed(args.seed)
-    x = sampler(g, torch.randn(args.n, 2, generator=random), t_star)
+    z = torch.randn(args.n, 2, generator=torch.Generator().manual_seed(args.seed))
+    x = sampler(g, z, t_star)
     with reading(args.sample, "a generator of this stage"):
         mixture = make_mixture(meta["mixture"])
     with atomic(out.with_suffix(".npz")) as temporary:

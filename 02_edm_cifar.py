@@ -9,7 +9,6 @@ The lines of Algorithm 2 are those of 01_toy_2d.py; the network, the teacher and
 data differ. Expect shapes of the right class, and about the teacher's Frechet distance.
 """
 import copy
-import functools
 import importlib
 import io
 import math
@@ -72,8 +71,7 @@ class Waves(nn.Module):
 
 class Conv(nn.Conv2d):
     """A convolution of x (B, C, H, W) that may halve ("down") or double ("up") the resolution with
-    the separable filter `taps`. The filter comes first; a fused one is one operation with the
-    convolution, so that nothing is padded between the two."""
+    the separable filter `taps`, first. If fused, nothing is padded between filter and weights."""
     def __init__(self, c_in, c_out, kernel, gain=1.0, resample=None, taps=(1, 1), fused=False):
         super().__init__(c_in, c_out, kernel, padding=kernel // 2)
         nn.init.xavier_uniform_(self.weight, gain)
@@ -86,10 +84,9 @@ class Conv(nn.Conv2d):
 
     def change_resolution(self, x, padded=True):
         k, c = self.resample_filter.shape[-1], x.shape[1]
-        if k == 2 and self.resample == "down":  # a box filter: pooling is several times faster
-            return F.avg_pool2d(x, 2)
-        if k == 2:
-            return F.interpolate(x, scale_factor=2)
+        if k == 2:  # a box filter: pooling is several times faster
+            return (F.avg_pool2d(x, 2) if self.resample == "down" else
+                    F.interpolate(x, scale_factor=2))
         taps, options = self.resample_filter.expand(c, 1, k, k), {"stride": 2, "groups": c}
         if self.resample == "up":
             return F.conv_transpose2d(x, 4 * taps, padding=k // 2 - 1, **options)
@@ -116,9 +113,8 @@ class Block(nn.Module):
         self.norm0, self.conv0 = group_norm(c_in), Conv(c_in, c_out, 3, 1, resample, taps)
         self.affine = nn.Linear(c_emb, c_out)
         self.norm1, self.conv1 = group_norm(c_out), Conv(c_out, c_out, 3, 1e-5)  # starts near 0
-        self.skip = nn.Identity()
-        if resample or c_in != c_out:
-            self.skip = Conv(c_in, c_out, 1, 1, resample, taps)
+        same = not resample and c_in == c_out
+        self.skip = nn.Identity() if same else Conv(c_in, c_out, 1, 1, resample, taps)
         if attention:
             self.norm2 = group_norm(c_out)
             self.qkv, self.proj = Conv(c_out, 3 * c_out, 1, 0.2**0.5), Conv(c_out, c_out, 1, 1e-5)
@@ -155,7 +151,7 @@ class SongUNet(nn.Module):
         self.map_augment = nn.Linear(augment_dim, c_noise, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = nn.Linear(c_noise, c_emb), nn.Linear(c_emb, c_emb)
 
-        block = functools.partial(Block, c_emb=c_emb, dropout=dropout, taps=resample_filter)
+        block = partial(Block, c_emb=c_emb, dropout=dropout, taps=resample_filter)
         levels = [(img_resolution >> i, model_channels * m) for i, m in enumerate(channel_mult)]
         attends = lambda size: size in attn_resolutions
         layers = {f"{img_resolution}x{img_resolution}_conv": Conv(img_channels, c, 3)}
@@ -175,13 +171,11 @@ class SongUNet(nn.Module):
 
         layers = {f"{size}x{size}_in{i}": block(c, c, attention=i == 0) for i in range(2)}
         for size, c_out in reversed(levels):
-            if size < levels[-1][0] or len(layers) > 2:
+            if len(layers) > 2:
                 layers[f"{size}x{size}_up"] = block(c, c, resample="up")
             for i in range(num_blocks + 1):
-                attention = i == num_blocks and attends(size)
-                layers[f"{size}x{size}_block{i}"] = block(c + skips.pop(), c_out,
-                                                          attention=attention)
-                c = c_out
+                last, c_in, c = i == num_blocks, c + skips.pop(), c_out
+                layers[f"{size}x{size}_block{i}"] = block(c_in, c, attention=last and attends(size))
         layers[f"{size}x{size}_aux_norm"] = group_norm(c)
         layers[f"{size}x{size}_aux_conv"] = Conv(c, img_channels, 3, 1e-5)
         self.dec = nn.ModuleDict(layers)
@@ -190,9 +184,8 @@ class SongUNet(nn.Module):
         """-> (B, c_emb), from the noise level, the class and the augmentation."""
         emb = self.map_noise(c_noise).expand(batch, -1)
         if self.map_label:
-            labels = class_labels
-            if labels is None:
-                labels = emb.new_zeros(batch, self.map_label.in_features)
+            zeros = emb.new_zeros(batch, self.map_label.in_features)
+            labels = zeros if class_labels is None else class_labels
             if self.training and self.label_dropout:
                 labels = labels * (torch.rand_like(labels[:, :1]) >= self.label_dropout)
             emb = emb + self.map_label(labels * labels.shape[1]**0.5)
@@ -287,17 +280,16 @@ def collect_weights(module, prefix="", seen=()):
     require(id(module) not in seen, "a module occurs twice")
     seen.add(id(module))
     state = module.get("state", module)
-    found = {prefix + name: w for kind in ("_parameters", "_buffers")
-             for name, w in state[kind].items() if w is not None}
+    weights = state["_parameters"] | state["_buffers"]
+    found = {prefix + name: w for name, w in weights.items() if w is not None}
     for name, inner in state["_modules"].items():
         found |= collect_weights(inner, f"{prefix}{name}.", seen) if inner is not None else {}
     return found
 
 
 def load_edm_pickle(path):
-    """One of NVIDIA's EDM networks, or a SiD generator in the same format -> net(x, sigma,
-    class_labels=None, augment_labels=None), frozen. Nothing in the file is executed. UserError for
-    anything else."""
+    """NVIDIA's EDM network or SiD's generator -> net(x, sigma, class_labels=None,
+    augment_labels=None), frozen. Nothing in the file is executed; UserError for other files."""
     with (reading(path, "an EDM checkpoint of NVIDIA's (EDMPrecond with a SongUNet, .pkl)"),
           open(path, "rb") as file):
         size = Path(path).stat().st_size
@@ -369,10 +361,9 @@ def load_teacher(name):
     require(path.exists(), f"--teacher {name}: no such file, and none of auto, shapes, "
             f"{', '.join(CIFAR)} or package.module:function")
     net, _, meta = load_denoiser(path)
-    facts = {"teacher": name, "teacher_sha256": sha256(path)}
-    weights = sum(w.numel() for w in net.parameters())
-    print(f"teacher: {path}, {weights:,} parameters, sha256 {facts['teacher_sha256']}")
-    return net, meta, facts
+    weights, digest = sum(w.numel() for w in net.parameters()), sha256(path)
+    print(f"teacher: {path}, {weights:,} parameters, sha256 {digest}")
+    return net, meta, {"teacher": name, "teacher_sha256": digest}
 
 
 # ---- Samples, and their distance to true images ----
@@ -389,8 +380,7 @@ def bind_labels(net, labels, amp="none"):
 @torch.no_grad()
 def sample_one_step(g, t_star, z, labels, batch=500):
     """(B.4): z (N, C, H, W) standard normal, labels (N, label_dim) -> images (N, C, H, W)"""
-    t = torch.full((1, 1, 1, 1), t_star, device=z.device)
-    pairs = zip(z.split(batch), labels.split(batch))
+    t, pairs = z.new_full((1, 1, 1, 1), t_star), zip(z.split(batch), labels.split(batch))
     return torch.cat([bind_labels(g, c)(t * z, t) for z, c in pairs])
 
 
@@ -406,8 +396,7 @@ def teacher_features(net, images, t=0.2, batch=500):
     averaged over pixels: (N, D). At the noise level t = 0.2 the network has to see details."""
     unet, features = net.model, []
     for x in images.split(batch):
-        c_noise = x.new_full((1,), t).log() / 4
-        emb = unet.embed(c_noise, None, None, len(x))
+        emb = unet.embed(x.new_full((1,), t).log() / 4, None, None, len(x))
         features.append(unet.encode(x / (t**2 + net.sigma_data**2)**0.5, emb)[-1].mean((2, 3)))
     return torch.cat(features)
 
@@ -432,8 +421,8 @@ def picture(columns, rows=10):
 
 # ---- Distillation ----
 def draw_batch(args, d_q, phase, random):
-    """What an update of Algorithm 2 needs, for phase "psi" or "theta" -> [(z, t, eps, cond)], its
-    micro-batches on this rank. cond is one-hot labels, drawn uniformly: no data are needed."""
+    """An update's micro-batches on this rank [(z, t, eps, cond)], for phase "psi" or "theta". cond
+    is one-hot labels, drawn uniformly: no data are needed."""
     where = {"device": random.device, "generator": random}
     shape, column = (args.batch, *d_q.image_shape), (args.batch, 1, 1, 1)
     z, eps = [torch.randn(shape, **where) for _ in range(2)]
@@ -516,11 +505,11 @@ def distil(args, folder, d_q, meta, facts):
     def evaluate():
         """A picture; of a teacher with stored moments the Frechet distance, and g_best.pt."""
         (run.folder / "samples").mkdir(exist_ok=True)
-        images = picture([sample_one_step(run.g_ema, args.t_star, *shown)])
-        save_picture(images, run.folder / "samples" / f"{run.step:07}.png")
+        one_step = partial(sample_one_step, run.g_ema, args.t_star)
+        save_picture(picture([one_step(*shown)]), run.folder / "samples" / f"{run.step:07}.png")
         if "mu" not in meta:
             return {}
-        fd = truth_distance(d_q, sample_one_step(run.g_ema, args.t_star, *tested), meta)
+        fd = truth_distance(d_q, one_step(*tested), meta)
         if fd < min([line["fd"] for line in run.lines() if "fd" in line], default=math.inf):
             run.save_generator("g_best.pt")
         return {"fd": fd}
@@ -537,9 +526,9 @@ def summarise(args, run, d_q, meta, shown):
     sets = [sample_teacher(d_q, *shown), sample_one_step(run.g_ema, args.t_star, *shown)]
     save_picture(picture(sets), run.folder / "samples.png")
     lines = run.lines()
-    names = ("method", "distance", "seed", "steps", "batch")
-    metrics = {name: getattr(args, name) for name in names} | {"teacher": run.facts["teacher"]}
-    metrics |= {name: lines[-1][name] for name in ("seconds", "images_s")}
+    metrics = {k: getattr(args, k) for k in ("method", "distance", "seed", "steps", "batch")}
+    metrics |= {"teacher": run.facts["teacher"]}
+    metrics |= {k: lines[-1][k] for k in ("seconds", "images_s")}
     if "mu" in meta:
         fds = [line["fd"] for line in lines if "fd" in line]
         metrics |= {"fd": fds[-1], "fd_best": min(fds), "fd_teacher": meta["fd_teacher"],
@@ -561,10 +550,9 @@ def sample(args, device):
     g, t_star, meta = load_denoiser(args.sample, args.teacher if ":" in args.teacher else "")
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
-    seeds = range(args.seed, args.seed + args.n)
+    seeds, sets = range(args.seed, args.seed + args.n), {}
     latents = draw_latents(seeds, g.image_shape, g.label_dim, args.classes)
     z, labels = [v.to(device) for v in latents]
-    sets = {}
     if args.teacher_sample:
         name = meta.get("teacher", "") if args.teacher == "auto" else args.teacher
         # A file may name a function of the user's, but only the command line has it imported.
@@ -582,15 +570,14 @@ def sample(args, device):
 
 def write_samples(out, sets, labels, seed):
     """Sets {name: images (N, C, H, W)} as one picture, one file of arrays, or PNGs in a folder."""
-    images = len(labels)
     if out.suffix == ".npz":
         arrays = {k: rearrange(to_uint8(x), "n c h w -> n h w c").cpu() for k, x in sets.items()}
         with atomic(out) as temporary:
             np.savez(temporary, **arrays, labels=labels.argmax(1).cpu() if labels.shape[1] else [])
     elif out.suffix == ".png":
-        rows = math.ceil(images**0.5)
-        white = next(iter(sets.values())).new_ones(-images % rows, 1, 1, 1)  # fills the last row
-        filled = [torch.cat([x, white.expand(-1, *x.shape[1:])]) for x in sets.values()]
+        rows = math.ceil(len(labels)**0.5)
+        missing = -len(labels) % rows  # white images fill the last row
+        filled = [torch.cat([x, x.new_ones(missing, *x.shape[1:])]) for x in sets.values()]
         save_picture(picture(filled, rows), out)
     else:
         for name, x in sets.items():

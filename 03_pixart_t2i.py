@@ -4,13 +4,11 @@
     python 03_pixart_t2i.py --teacher pixart --prompts prompts.txt      PixArt-alpha, as in B.3
     python 03_pixart_t2i.py --sample RUN --prompt "a large red ring on a blue background"
 
-The lines of Algorithm 2 are those of 01_toy_2d.py; the teacher is guided, and the conditions are
-captions. The miniature is PixArt-alpha's transformer, small, with a small T5, for captioned shapes.
-Expect the shapes that the captions name, at 3 times the teacher's Frechet distance.
+Algorithm 2 has the lines of 01_toy_2d.py; the teacher is guided. The miniature is a small PixArt
+with a small T5. Expect the shapes that captions name, at 3 times the teacher's Frechet distance.
 """
 import argparse
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -19,7 +17,7 @@ import textwrap
 import time
 from collections import OrderedDict
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +65,7 @@ def sinusoids(positions, dim, cosine_first=False):
     return torch.cat(waves[::-1] if cosine_first else waves, dim=1)
 
 
-@functools.cache
+@cache
 def position_embedding(height, width, dim, device="cpu", dtype=torch.float32):
     """-> (1, height * width, dim): half of the channels is for the column, half for the row."""
     columns, rows = [sinusoids(torch.arange(n, dtype=torch.float64), dim // 2)
@@ -150,10 +148,9 @@ def check_sizes(sizes, example):
 
 
 class PixArt(nn.Module):
-    """The transformer, of the sizes XL_2 unless others are given: x (B, C, H, W), timestep (B,),
-    caption (B, L, caption_channels), mask (B, L), 1 for valid tokens, or None for all -> (B,
-    out_channels, H, W). The buffer y_embedding (L, caption_channels) means "no caption". A network
-    of diffusers has none: caption_tokens is 0. time_scale spreads EDM's c_noise over timesteps."""
+    """Of XL_2's sizes by default: x (B, C, H, W), timestep (B,), caption (B, L, D), mask (B, L), 1
+    for valid tokens, or None for all -> (B, out_channels, H, W). y_embedding (L, D) means no
+    caption; diffusers has none: caption_tokens is 0. time_scale spreads c_noise over timesteps."""
     def __init__(self, **net_args):
         super().__init__()
         check_sizes(net_args, XL_2)
@@ -193,7 +190,7 @@ class PixArt(nn.Module):
 
 
 # ---- The preconditioning: (B.14), (B.15) ----
-@functools.cache
+@cache
 def noise_table(device="cpu"):
     """u (1001,): the noise levels of iDDPM's 1000 timesteps, falling, and a last 0, as in EDM."""
     u = torch.zeros(1001, dtype=torch.float64)
@@ -205,9 +202,8 @@ def noise_table(device="cpu"):
 
 class PixArtPrecond(nn.Module):
     """(B.14): net(x (B, C, H, W), t, caption, mask) -> x - t F(x / sqrt(t^2 + 1), timestep), with F
-    the first C output channels. The same net(z, t_star, caption, mask) is the generator, (B.15).
-    The timestep is that of the noise level nearest to t. t and the timestep are in float32 whatever
-    the weights are: bfloat16 rounds 999 to 1000."""
+    the first C output channels. The timestep is that of the noise level nearest to t, found in
+    float32: bfloat16 rounds 999 to 1000. net(z, t_star, caption, mask) is the generator, (B.15)."""
     span = {"sigma_min": 0.01, "sigma_max": 156.6155}  # of a sampler: the ends of the table
 
     def __init__(self, model):
@@ -231,8 +227,8 @@ def subfolder(folder, part):
 def weights_file(path):
     """A file, a run's folder or one of diffusers -> the path of the weights."""
     names = ("g_ema.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    found = [Path(path) / name for name in names if (Path(path) / name).exists()]
-    return found[0] if found else Path(path)
+    files = [Path(path) / name for name in names]
+    return next((file for file in files if file.exists()), Path(path))
 
 
 def read_config(folder):
@@ -259,8 +255,7 @@ DIFFUSERS = {  # a part of a name in diffusers: PixArt's part. Replaced in this 
 
 
 def from_diffusers(state):
-    """{name in diffusers: tensor} -> {PixArt's name: tensor}. q, k and v become one matrix, as do k
-    and v of the captions."""
+    """{name in diffusers: tensor} -> {PixArt's name: tensor}, with q, k and v in one matrix."""
     renamed = {}
     for name, w in state.items():
         for theirs, ours in DIFFUSERS.items():
@@ -275,11 +270,9 @@ def from_diffusers(state):
 
 
 def load_pixart(path, num_heads=16, prefer_ema=False):
-    """PixArt-alpha at 256 or 512 -> PixArt, frozen, in float32. path: the original .pth (bare, with
-    'state_dict' or, if preferred, 'state_dict_ema'), the released SIM-DiT (with 'ema'), or a
-    diffusers folder. Such a folder says num_heads, no .pth does.
-
-    UserError, with tensors named, unless all names and shapes fit and all values are finite."""
+    """PixArt-alpha at 256 or 512 -> PixArt, frozen, in float32. path: a .pth (bare, 'state_dict'
+    or, if preferred, 'state_dict_ema'), the released SIM-DiT ('ema'), or a diffusers folder, which
+    says num_heads. UserError, with tensors named, unless names and shapes fit and all is finite."""
     path = subfolder(path, "transformer")
     config = read_config(path) if path.is_dir() else {}
     kinds = ("ema", "state_dict_ema", "state_dict") if prefer_ema else ("ema", "state_dict")
@@ -288,8 +281,7 @@ def load_pixart(path, num_heads=16, prefer_ema=False):
         kind = next((name for name in kinds if name in saved), None)
         require(not prefer_ema or kind == "state_dict_ema", "it has no state_dict_ema")
         tensors = saved[kind] if kind else saved
-        state = {name.removeprefix("module.").removeprefix("model."): w
-                 for name, w in tensors.items()}
+        state = {k.removeprefix("module.").removeprefix("model."): w for k, w in tensors.items()}
         require(len(state) == len(tensors), "the same tensor twice, with and without a prefix")
         if kind == "ema":
             state.pop("u", None)  # the release has the noise table in its file
@@ -302,8 +294,7 @@ def load_pixart(path, num_heads=16, prefer_ema=False):
 
 
 def net_args_of(state):
-    """The arguments of the PixArt that has these weights. pos_embed, which PixArt computes, is
-    compared and taken out of `state`."""
+    """The arguments of the PixArt of these weights. pos_embed is checked and leaves `state`."""
     hidden, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     side, table = XL_2["input_size"] // patch, state.pop("pos_embed", None)
     if table is not None:
@@ -320,16 +311,15 @@ def net_args_of(state):
 
 
 # ---- From latents to pixels: the decoder of sd-vae-ft-ema, with diffusers' names ----
-def vae_norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+vae_norm = partial(nn.GroupNorm, eps=1e-6)
 
 
 class VAEResnet(nn.Module):
     """A residual block, x (B, c_in, H, W) -> (B, c_out, H, W)."""
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = vae_norm(c_in, groups), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = vae_norm(c_out, groups), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = vae_norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = vae_norm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
@@ -341,7 +331,7 @@ class VAEAttention(nn.Module):
     """One head of self-attention over all pixels, residual: x (B, C, H, W) -> the same shape."""
     def __init__(self, channels, groups):
         super().__init__()
-        self.group_norm = vae_norm(channels, groups)
+        self.group_norm = vae_norm(groups, channels)
         self.to_q, self.to_k, self.to_v = [nn.Linear(channels, channels) for _ in range(3)]
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
@@ -356,9 +346,9 @@ class VAEDecoder(nn.Module):
     """latents (B, 4, H, W), as sampled -> images (B, 3, 8H, 8W), in about [-1, 1], not clamped."""
     def __init__(self, channels, layers, groups, latent_channels=4, scaling_factor=0.18215):
         super().__init__()
-        self.scaling_factor, c = scaling_factor, channels[-1]
+        self.scaling_factor, top = scaling_factor, channels[-1]
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        ups = []
+        ups, c = [], top
         for i, c_out in enumerate(reversed(channels)):
             resnets = [VAEResnet(c if j == 0 else c_out, c_out, groups) for j in range(layers + 1)]
             up = {"resnets": nn.ModuleList(resnets)}
@@ -366,14 +356,13 @@ class VAEDecoder(nn.Module):
                 conv = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, padding=1)})
                 up["upsamplers"] = nn.ModuleList([conv])
             ups, c = [*ups, nn.ModuleDict(up)], c_out
-        top = channels[-1]
         self.decoder = nn.ModuleDict({
             "conv_in": nn.Conv2d(latent_channels, top, 3, padding=1),
             "mid_block": nn.ModuleDict({
                 "resnets": nn.ModuleList([VAEResnet(top, top, groups) for _ in range(2)]),
                 "attentions": nn.ModuleList([VAEAttention(top, groups)])}),
             "up_blocks": nn.ModuleList(ups),
-            "conv_norm_out": vae_norm(c, groups), "conv_out": nn.Conv2d(c, 3, 3, padding=1)})
+            "conv_norm_out": vae_norm(groups, c), "conv_out": nn.Conv2d(c, 3, 3, padding=1)})
 
     def forward(self, latents):
         d = self.decoder
@@ -389,8 +378,7 @@ class VAEDecoder(nn.Module):
 
 
 def load_vae_decoder(folder):
-    """The folder of a diffusers AutoencoderKL -> its decoder, frozen, in float32. The attention has
-    either of two spellings. UserError as in load_pixart."""
+    """A diffusers AutoencoderKL -> its decoder, frozen, in float32. UserError as in load_pixart."""
     folder = subfolder(folder, "vae")
     config, state = read_config(folder), {}
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -409,7 +397,6 @@ def load_vae_decoder(folder):
 
 
 # ---- Text: T5, once for all prompts ----
-@functools.cache
 def load_transformers():
     """The library, which takes seconds to import, and without its messages."""
     import transformers
@@ -419,8 +406,7 @@ def load_transformers():
 
 
 def load_text_encoder(folder, dtype):
-    """T5's encoder and its tokenizer, from a folder as PixArt has it or of a diffusers pipeline.
-    UserError if a file or a tensor is missing; transformers would make the tensor up."""
+    """-> T5, tokenizer. UserError if a tensor is missing, which transformers would make up."""
     model, words = subfolder(folder, "text_encoder"), subfolder(folder, "tokenizer")
     local = {"local_files_only": True, "trust_remote_code": False}
     layers = read_config(model).get("num_layers")
@@ -437,8 +423,8 @@ def load_text_encoder(folder, dtype):
 
 @torch.no_grad()
 def encode_batches(encoder, tokenizer, prompts, tokens, batch=16):
-    """Yields the embeddings (B, tokens, C) of B prompts and masks (B, tokens), 1 for valid tokens,
-    on the CPU. A longer prompt is cut, which is said."""
+    """Yields embeddings (B, tokens, C) and masks (B, tokens), 1 for valid tokens, on the CPU.
+    A longer prompt is cut, which is said."""
     prompts = [prompt.strip() for prompt in prompts]
     if long := sum(len(ids) > tokens for ids in tokenizer(prompts, verbose=False).input_ids):
         print(f"{long} prompts have more than {tokens} tokens: what is beyond is cut off")
@@ -450,8 +436,7 @@ def encode_batches(encoder, tokenizer, prompts, tokens, batch=16):
 
 
 def encode_prompts(folder, prompts, dtype=torch.float32, tokens=120, batch=16):
-    """T5 in this folder: N prompts -> embeddings (N, tokens, C) in dtype, masks (N, tokens), 1 for
-    valid tokens. UserError for a folder that is not T5's."""
+    """N prompts -> embeddings (N, tokens, C), masks (N, tokens). UserError if there is no T5."""
     batches = encode_batches(*load_text_encoder(folder, dtype), prompts, tokens, batch)
     return tuple(torch.cat(v) for v in zip(*batches))
 
@@ -463,16 +448,14 @@ def without_padding(batches):
 
 def pad(captions, tokens, device="cpu"):
     """A list of B captions (L, C) -> caption (B, tokens, C), with zeros, and mask (B, tokens)."""
-    lengths = torch.tensor([len(caption) for caption in captions])
-    mask = (torch.arange(tokens) < lengths[:, None]).long()
-    caption = nn.utils.rnn.pad_sequence(captions, batch_first=True)
-    caption = F.pad(caption, (0, 0, 0, tokens - caption.shape[1]))
+    caption = torch.stack([F.pad(v, (0, 0, 0, tokens - len(v))) for v in captions])
+    mask = torch.stack([(torch.arange(tokens) < len(v)).long() for v in captions])
     return caption.to(device), mask.to(device)
 
 
 def encode_once(pipeline, prompts):
-    """pipeline.encode(prompts), by the first rank, unless checkpoints/ has these prompts from these
-    files of T5. All ranks read a caption from the disk when it is used."""
+    """pipeline.encode(prompts), by the first rank, kept in checkpoints/ for these prompts and these
+    files of T5. All ranks read a caption from the disk when the caption is used."""
     folder = pipeline.folders["t5"]
     files = sorted((str(file), file.stat().st_size) for file in Path(folder).rglob("*.*"))
     key = json.dumps([prompts, pipeline.net.model.tokens, files])
@@ -506,8 +489,7 @@ MINI_TEXT = {"vocab_size": 384, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_lay
 
 
 class Miniature(nn.Module):
-    """A small PixArt with EDM's preconditioning, on pixels in place of latents, and the small T5
-    that was trained with this PixArt. The parts are those of Pipeline."""
+    """A small PixArt on pixels, preconditioned as EDM, and its T5. The parts are Pipeline's."""
     def __init__(self, net, text):
         super().__init__()
         check_sizes(text, MINI_TEXT)
@@ -565,8 +547,7 @@ def build(**net_args):
 
 
 def load_pipeline(path, device="cpu", t5=None, vae=None, prefer_ema=False):
-    """A run, a .pt of this project, or PixArt in any of load_pixart's forms -> its Miniature or
-    Pipeline, frozen; t_star; meta. Unless T5 and VAE are given, the file says where they are."""
+    """A run, a .pt of ours or load_pixart's path -> Miniature or Pipeline, frozen; t_star; meta."""
     ours = (Path(path) / "args.json").exists()
     with suppress(Exception):  # load_pixart says what is wrong with a file that cannot be read
         ours = ours or "net_args" in torch.load(path, map_location="meta", weights_only=True)
@@ -581,8 +562,8 @@ def load_pipeline(path, device="cpu", t5=None, vae=None, prefer_ema=False):
 
 
 def load_teacher(name, device="cpu", t5=None, vae=None, prefer_ema=False):
-    """The teacher of this name or file -> its Miniature or Pipeline, frozen; the file's meta; facts
-    for args.json. auto is PixArt-alpha if all its files are here, else the embedded miniature."""
+    """A name or a file -> its Miniature or Pipeline, frozen; the file's meta; facts for args.json.
+    auto is PixArt-alpha if all of its files are here, else the embedded miniature."""
     if name == "auto":
         missing = [path for path in (PIXART, t5 or T5, vae or VAE) if not Path(path).exists()]
         name = "miniature" if missing else "pixart"
@@ -599,9 +580,9 @@ def load_teacher(name, device="cpu", t5=None, vae=None, prefer_ema=False):
 
 
 class Guided(nn.Module):
-    """The teacher under classifier-free guidance w: D('') + w (D(caption) - D('')), all channels.
-    PixArt's own sampler guides three of four. D('') sees the network's y_embedding, under the
-    caption's mask, or, where there is none (diffusers), `blank`: the caption (L, C) of ''."""
+    """The teacher under classifier-free guidance w: D('') + w (D(caption) - D('')), in all channels
+    (PixArt's own sampler guides three of four). D('') sees y_embedding under the caption's mask or,
+    where a file has none (diffusers), `blank`: the caption (L, C) of ''."""
     def __init__(self, net, guidance, blank=None):
         super().__init__()
         self.net, self.guidance = net, guidance
@@ -645,17 +626,15 @@ def sample_one_step(g, t_star, z, caption, mask):
 
 
 def sample_teacher(guided, z, caption, mask, num_steps=14, solver="dpm"):
-    """The same by DPM-Solver++, num_steps evaluations of the guided teacher, or Heun's method, one
-    less than twice as many."""
+    """The same by DPM-Solver++, with num_steps evaluations, or by Heun, with 2 num_steps - 1."""
     solve, span = {"dpm": dpm_solver, "heun": edm_sampler}[solver], getattr(guided.net, "span", {})
     return in_batches(partial(solve, num_steps=num_steps, **span), guided, z, caption, mask)
 
 
 class Judge:
-    """Judges a run by the same latents and prompts at each look: the first eight or, for a
-    miniature, those in its file. judge(solve), solve(z, caption, mask) -> x, returns images (N, 3,
-    H, W), the time of an image and, for a miniature, fd: the Frechet distance, in the teacher's own
-    features, to true images, whose moments are in the file. fd is not FID."""
+    """judge(solve), with solve(z, caption, mask) -> x, returns images (N, 3, H, W) of the first 8
+    prompts or of those in a miniature's file, the time of an image and, for a miniature, fd: the
+    Frechet distance to true images in the teacher's own features, which is not FID."""
     def __init__(self, pipeline, prompts, captions, meta):
         self.pipeline, self.meta = pipeline, meta
         self.prompts = meta.get("tested", prompts[:8])
@@ -696,9 +675,8 @@ def captioned(sets, texts, across=10):
 
 # ---- Distillation ----
 def draw_batch(args, d_q, captions, phase, random):
-    """What an update of Algorithm 2 needs, for phase "psi" or "theta". Yields (z, t, eps, cond),
-    its micro-batches on this rank. cond is captions and their masks, of prompts that are drawn
-    uniformly: no images are needed. Captions are padded here, when they are used."""
+    """Yields (z, t, eps, cond), this rank's micro-batches of an update, for phase "psi" or "theta".
+    cond is captions and masks, of prompts that are drawn uniformly: no images are needed."""
     where = {"device": random.device, "generator": random}
     z, eps = [torch.randn(args.batch, *d_q.image_shape, **where) for _ in range(2)]
     mean, std = (args.psi_mean, args.psi_std) if phase == "psi" else (args.p_mean, args.p_std)
@@ -751,8 +729,7 @@ def train(args, d_q, captions, run, evaluate):
 
 
 def prepare(args, folder, pipeline, facts):
-    """-> the run, new or as ckpt.pt has it. g and d_psi start as copies of the unguided teacher.
-    The g_ema.pt of a miniature holds the text encoder too."""
+    """-> the run. g and d_psi start as the teacher, unguided. A miniature's g_ema.pt has its T5."""
     d_psi, g, g_ema = [copy.deepcopy(pipeline.net) for _ in range(3)]
     generator, net_args = g_ema, g_ema.model.net_args
     if isinstance(pipeline, Miniature):
@@ -786,8 +763,7 @@ def distil(args, run, d_q, captions, judge):
 def summarise(args, run, d_q, judge):
     """samples.png, metrics.json, and what they say: the paper's Table 3 in miniature."""
     names = ("method", "distance", "guidance", "seed", "steps", "batch")
-    metrics = {name: getattr(args, name) for name in names}
-    metrics["seconds"] = round(run.elapsed(), 1)
+    metrics = {name: getattr(args, name) for name in names} | {"seconds": round(run.elapsed(), 1)}
     above, figures = judge(partial(sample_teacher, d_q, num_steps=14))
     below, figures_of_g = judge(partial(sample_one_step, run.g_ema, args.t_star))
     rows = {"teacher": figures | {"steps": 14}, "one step": figures_of_g | {"steps": 1}}
@@ -822,8 +798,7 @@ def sample(args, device):
     if args.teacher_steps:
         name = meta.get("teacher") if args.teacher == "auto" else args.teacher
         require(name, f"--teacher-steps: name the teacher of {args.sample} by --teacher")
-        folders = getattr(pipeline, "folders", {})  # of T5 and the VAE, which the run names
-        d_q = load_teacher(name, device, **options | folders)[0].net
+        d_q = load_teacher(name, device, **options | getattr(pipeline, "folders", {}))[0].net
         require(d_q.model.image_shape == g.model.image_shape,
                 f"--teacher {name} makes other images than {args.sample}")
     out = sample_path(args, args.sample)
@@ -838,12 +813,10 @@ def sample(args, device):
 
 
 def write_samples(out, sets, texts):
-    """Sets {name: images (N, 3, H, W)} as a .png (one image, or all with their texts), as arrays
-    (.npz), or as a folder of PNGs with prompts.txt, which lab/scores.py reads."""
+    """{name: images (N, 3, H, W)} -> a .png, an .npz, or a folder, which lab/scores.py reads."""
     if out.suffix == ".png":
-        single = len(texts) == len(sets) == 1
-        pictures = [*sets.values()]
-        save_picture(sheet(pictures[0]) if single else captioned(pictures, texts), out)
+        one = len(texts) == len(sets) == 1
+        save_picture(sheet(sets["one_step"]) if one else captioned([*sets.values()], texts), out)
     elif out.suffix == ".npz":
         arrays = {name: rearrange(to_uint8(x), "n c h w -> n h w c") for name, x in sets.items()}
         with atomic(out) as temporary:
@@ -864,9 +837,9 @@ def stage_parser():
     parser = make_parser(__doc__, images=True, **PRESETS["miniature"])
     add = parser.add_argument_group("stage 3").add_argument
     add("--teacher", default="auto", help="auto, miniature (embedded), pixart (in checkpoints/), a "
-        "run, a .pt of this project, a .pth, or a folder of diffusers")
-    add("--preset", choices=PRESETS, help="the defaults of all other options: miniature with that "
-        "teacher, else paper (B.3)")
+        "run, a .pt of ours, a .pth, or a folder of diffusers")
+    add("--preset", choices=PRESETS, help="the other defaults; with a miniature its own, else "
+        "paper (B.3)")
     add("--guidance", type=checked(float, lambda w: w >= 0, "number >= 0"), help="w; 1 is none")
     add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time")
@@ -893,8 +866,7 @@ def main(argv=None):
         return sample(parser.parse_args(argv), device)
     require(not (args.prompt or args.prompt_file or args.latents or args.teacher_steps),
             "--prompt, --prompt-file, --latents and --teacher-steps belong to --sample RUN")
-    options = {"t5": args.t5, "vae": args.vae, "prefer_ema": args.prefer_ema}
-    pipeline, meta, facts = load_teacher(args.teacher, device, **options)
+    pipeline, meta, facts = load_teacher(args.teacher, device, args.t5, args.vae, args.prefer_ema)
     small = isinstance(pipeline, Miniature)
     preset = args.preset or ("miniature" if small else "paper")
     parser.set_defaults(**PRESETS[preset], preset=preset)

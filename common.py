@@ -13,7 +13,6 @@ import inspect
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -24,9 +23,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# Two OpenMP threads that wait for each other spin, and a spinning thread that has lost its core to
-# another program stalls every small operation. A short spin costs an idle machine a few percent and
-# saves a busy one a factor of ten. OpenMP reads this when torch is loaded, so torch comes after.
+# A waiting OpenMP thread spins. A short spin costs an idle machine a few percent and saves a busy
+# machine a factor of ten. OpenMP reads this when torch is loaded, so torch comes after.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -37,11 +35,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows, where sampling and evaluation work
-    fcntl = None
 
 
 class UserError(ValueError, argparse.ArgumentTypeError):  # which argparse shows as it is
@@ -59,9 +52,7 @@ def require(condition, message):
 @dataclass(frozen=True)
 class Distance:
     """A distance d of (3.3) and its gradient d': y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...).
-
-    To add your own, write a function below that returns a Distance, and name the function in
-    DISTANCES. Its arguments become parameters: --distance NAME,argument=value."""
+    A function in DISTANCES returns one; --distance NAME,argument=value sets its arguments."""
     d: Callable
     d_prime: Callable
 
@@ -110,19 +101,16 @@ def smoothl1(scale=0.5):
 
 
 def huber(delta=1.0):
-    """The sum of y_i^2 / 2 where |y_i| <= delta, and of delta (|y_i| - delta / 2) elsewhere.
-    UserError unless delta > 0."""
+    """Sum of y_i^2 / 2, or delta (|y_i| - delta / 2) if |y_i| > delta. UserError if delta <= 0."""
     require(0 < delta < math.inf, f"delta must be a positive number, got {delta}")
     return Distance(lambda y: batch_sum(F.huber_loss(y, torch.zeros_like(y), "none", delta)),
                     lambda y: y.clamp(-delta, delta))
 
 
 def phuber(c=0.001):
-    """Pseudo-Huber (3.8), sqrt(|y|^2 + c^2) - c, where |y| is the norm of the whole sample.
-    UserError unless c > 0.
-
-    The paper does not say what c is; 0.001 is "a common value", says an answer in issue 5 of
-    maple-research-lab/SIM. d is written as a quotient for the reason in smoothl1."""
+    """Pseudo-Huber (3.8), sqrt(|y|^2 + c^2) - c, where |y| is the norm of the whole sample, written
+    as a quotient as in smoothl1. UserError unless c > 0. The paper does not say what c is; 0.001 is
+    "a common value", says an answer in issue 5 of maple-research-lab/SIM."""
     require(0 < c < math.inf, f"c must be a positive number, got {c}")
     norm = lambda y: (batch_sum(y**2) + c**2).sqrt()
     return Distance(lambda y: batch_sum(y**2) / (norm(y) + c), lambda y: y / expand_as(norm(y), y))
@@ -308,8 +296,7 @@ class EDMPrecond(nn.Module):
 # ---- The distance of two sets of features ----
 def moments(features):
     """features (N, D) -> their mean (D,) and covariance (D, D) over N - 1, in float64."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T)
+    return features.double().mean(0), torch.cov(features.double().T)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -333,8 +320,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def distance_to_truth(features, meta):
-    """The Frechet distance of features (N, D) to the true ones whose moments are in a teacher's
-    file. This number is FID only for the features of Inception."""
+    """The Frechet distance of features (N, D) to the true moments that a teacher's file holds."""
     return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
 
 
@@ -351,10 +337,9 @@ def train_only(net, frozen):
 def update(optimiser, lr):
     """One step from the gradients that the micro-batches and, under torchrun, all ranks add up."""
     optimiser.param_groups[0]["lr"] = lr
-    if dist.is_initialized():
-        for w in optimiser.param_groups[0]["params"]:
-            if w.grad is not None:
-                dist.all_reduce(w.grad)
+    for w in optimiser.param_groups[0]["params"]:
+        if dist.is_initialized() and w.grad is not None:
+            dist.all_reduce(w.grad)
     optimiser.step()
     optimiser.zero_grad()
 
@@ -411,8 +396,7 @@ def barrier():  # all ranks wait for each other
 
 
 def micro_batches(draws, size=None):
-    """This rank's rows of the global batch `draws`, tensors (B, ...), as a list of tuples of
-    at most `size` rows."""
+    """This rank's rows of `draws`, tensors (B, ...), as a list of tuples of at most `size` rows."""
     rank, ranks = rank_and_ranks()
     rows = [draw.chunk(ranks)[rank] for draw in draws]
     return list(zip(*[row.split(size or len(row)) for row in rows]))
@@ -440,12 +424,10 @@ def pick_device(name="auto", tf32=False):
         device = torch.empty(0, device=name).device
         torch.zeros(1, device=device).item()  # an error for "meta", which computes nothing
     if ranked and not dist.is_initialized():
-        backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            backend = "nccl"
-        patience = timedelta(hours=6)  # the first rank may have much to download or to encode
-        dist.init_process_group(backend, timeout=patience)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first rank may download
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
@@ -465,7 +447,7 @@ def one_line_errors(main):
         except (UserError, OSError) as error:
             message, status = f"error: {error}", 2
         except (RuntimeError, MemoryError) as error:
-            short = re.search("out of memory|can't allocate memory", str(error))  # torch's words
+            short = "out of memory" in str(error) or "can't allocate memory" in str(error)
             if not (short or isinstance(error, MemoryError)):
                 raise
             message, status = "error: out of memory: try a smaller --batch-gpu, --batch or --n", 2
@@ -521,8 +503,7 @@ def plain_parser(doc):
 
 
 def make_parser(doc, methods=(), images=False, **defaults):
-    """plain_parser with the options that all stages share, or those of images, and these
-    defaults."""
+    """plain_parser with the options that all stages, or those of images, share."""
     parser = plain_parser(doc)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=("sim", "sid", "di", *methods), help="or another, to compare")
@@ -568,17 +549,15 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} could not be written ({reason}): expected room on the disk and a "
-                        "folder that can be written to") from error
+        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}): expected "
+                        "room on the disk and a folder that can be written to") from error
 
 
 @contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`, with its extension. The file gets its own name only if
     the block succeeds, so that it is never half written."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
     try:
         with writing(path):
             yield temporary
@@ -612,17 +591,14 @@ def save_once(path, make):
 
 
 def fetch(url):
-    """A published file -> its path in checkpoints/. The first rank downloads the file if it is not
-    there yet. UserError without a network."""
+    """A published file -> its path in checkpoints/, downloaded once. UserError without network."""
     path = Path("checkpoints") / url.rpartition("/")[2]
     if rank_and_ranks()[0] == 0 and not path.exists():
         path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f".tmp-{path.name}")
-        with (reading(url, f"a network, or this file saved by other means as {path}"),
-              urllib.request.urlopen(url) as answer):
+        expected = f"a network, or this file saved by other means as {path}"
+        with (atomic(path) as part, reading(url, expected), urllib.request.urlopen(url) as answer):
             torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
             require(answer.length in (None, part.stat().st_size), "the download ended early")
-            part.replace(path)
         print(f"downloaded {path}, sha256 {sha256(path)}")
     barrier()
     return path
@@ -642,19 +618,16 @@ def load_generator(path, build, device="meta"):
 
 def load_frozen(build, net_args, state, device="meta"):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
-    FROZEN: no weight of a teacher ever gets a gradient, since every teacher comes from here.
-
-    On the meta device nothing is allocated while the network is built, so that a file that declares
-    more than it holds is refused. UserError unless names and shapes fit and all is finite."""
+    FROZEN: every teacher comes from here. On the meta device nothing is allocated for a file that
+    declares more than it holds. UserError unless names and shapes fit and all is finite."""
     with torch.device(device):
         net = build(**net_args)
-    expected = {name: w.shape for name, w in net.state_dict().items()}
-    missing, more = sorted(expected.keys() - state), sorted(map(str, state.keys() - expected))
+    shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
+    missing, more = sorted(shapes.keys() - state), sorted(map(str, state.keys() - shapes))
     require(not missing, f"{len(missing)} tensors are missing: {missing[:3]}")
     require(not more, f"{len(more)} tensors are superfluous: {more[:3]}")
     for name, w in state.items():
-        require(w.shape == expected[name],
-                f"{name} is {tuple(w.shape)}, expected {tuple(expected[name])}")
+        require(w.shape == shapes[name], f"{name} is {tuple(w.shape)}, expected {shapes[name]}")
     held = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in state.values()}
     require(sum(w.nbytes for w in state.values()) <= 10 * sum(held.values()),
             "weights that repeat a few numbers")
@@ -667,12 +640,10 @@ def load_frozen(build, net_args, state, device="meta"):
 # ---- A run ----
 class Run:
     """A training run and its folder: args.json says what the run is, log.jsonl how it went. ckpt.pt
-    is the state of the parts (networks and optimisers), to continue from; g_ema.pt is the
-    generator, to sample from. The same command continues a killed run, bit for bit on a CPU.
-
-    Each part is an attribute too: Run(..., g=g).g is g. facts are what the run is besides its
-    arguments, such as the teacher's SHA-256. `generator` is what g_ema.pt holds, built by net_args.
-    UserError, with nothing touched, if the folder holds another run or is in use."""
+    holds the parts (networks and optimisers), to continue from; g_ema.pt holds the generator, built
+    by net_args. The same command continues a killed run, bit for bit on a CPU. Each part is an
+    attribute: Run(..., g=g).g is g. facts are what the run is besides its arguments, such as the
+    teacher's SHA-256. UserError, with nothing touched, if the folder is another run's or in use."""
     MAY_CHANGE = {"out", "fresh", "device", "save_every", "log_every", "batch_gpu", "sample", "n",
                   "part", "thorough", "classes", "teacher_sample", "checkpointing", "prompt",
                   "prompt_file", "teacher_steps", "solver", "latents"}  # and the run is the same
@@ -701,24 +672,21 @@ class Run:
     def default_folder(args, name):
         """--out or, unless given, runs/NAME-METHOD-DISTANCE-SEED. NAME says what the teacher is."""
         short = args.distance.split(",")[0]
-        if args.distance != distance_type(short):
-            short = args.distance.replace(",", "-")
+        short = short if args.distance == distance_type(short) else args.distance.replace(",", "-")
         return Path(args.out or f"runs/{name}-{args.method}-{short}-{args.seed}")
 
     def open_folder(self):
-        """Make the folder, or check that it holds this run; lock it; write args.json."""
+        """Lock the folder, and check that it holds this run or write args.json."""
         record, facts = self.folder / "args.json", vars(self.args) | self.facts
         here = {name: value for name, value in facts.items() if name not in self.MAY_CHANGE}
         others = {path.name for path in self.folder.glob("[!.]*")} - {"theorem.json"}
         require(record.exists() or not others,
                 f"{self.folder} exists and is no run's folder: name another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock()
         if record.exists() and self.args.fresh:
             names = (self.folder.with_name(f"{self.folder.name}.old-{i}") for i in range(1, 10**6))
             old = self.folder.rename(next(name for name in names if not name.exists()))
             print(f"moved the older run to {old}")
-            self.folder.mkdir()
             self.lock()
         if record.exists():
             with reading(record, "the arguments of a run: start anew with --fresh"):
@@ -731,8 +699,10 @@ class Run:
             save(here, record)
 
     def lock(self):
-        """Keep other processes out of the folder until this process ends."""
-        require(fcntl, "training needs Linux or macOS: on Windows, use WSL")
+        """Make the folder, and keep other processes out until this process ends."""
+        require(os.name == "posix", "training needs Linux or macOS: on Windows, use WSL")
+        import fcntl  # Windows has none, and can still sample and evaluate
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_file = (self.folder / ".lock").open("w")
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -741,7 +711,6 @@ class Run:
                             "process, or name another --out") from None
 
     def load(self):
-        """Set all parts to their state in ckpt.pt."""
         with reading(self.checkpoint, "the checkpoint of this run: start anew with --fresh"):
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
@@ -776,15 +745,15 @@ class Run:
             self.step += 1  # from here on run.step counts the update that is under way
             yield self.step - 1
             self.bar.update()
-            stop = self.signal
-            if dist.is_initialized():  # all ranks stop after the same update
-                stop = sum_over_ranks(torch.tensor(stop)).item()
+            stop = sum_over_ranks(torch.tensor(self.signal)).item()  # of all ranks, to stop alike
             if stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
                 self.save()
             if stop and self.step < self.args.steps:
                 raise KeyboardInterrupt(f"step {self.step} is saved in {self.folder}; "
                                         "the same command goes on from there")
         self.bar.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # for what follows the training
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def ask_to_stop(self, kind, frame):
         """The first signal lets the update end; a second one kills."""
@@ -881,9 +850,8 @@ def image_grid(images, columns=1):
 
 
 def save_picture(image, path, frames=()):
-    """A Pillow image to path; with the frames that follow, a GIF that holds its last one."""
-    milliseconds = [120] * len(frames) + [2500]
-    gif = {"save_all": True, "append_images": frames, "duration": milliseconds, "loop": 0}
+    """A Pillow image to path; with the frames that follow, a GIF (ms) that holds its last one."""
+    gif = dict(save_all=True, append_images=frames, duration=[120] * len(frames) + [2500], loop=0)
     with atomic(path) as temporary:
         image.save(temporary, **gif if frames else {})
 

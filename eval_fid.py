@@ -7,10 +7,9 @@
     python eval_fid.py images/ --stats images.npz        mu and sigma of images, as a reference
     torchrun --standalone --nproc_per_node=8 -- eval_fid.py sid.pkl --n 10000
 
-FID is a distance in the features of one Inception network, in NVIDIA's TorchScript translation. In
-other features the distance is another number, and has another name: FD-teacher. A TorchScript file
-is a program: take the file from NVIDIA alone, or check it with --detector-sha256. Results are added
-to fid.json beside the source.
+FID is a distance in the features of Inception, in NVIDIA's TorchScript translation. In other
+features the distance has another name: FD-teacher. A TorchScript file is a program: take it from
+NVIDIA alone, or check it with --detector-sha256. Results are added to fid.json beside the source.
 """
 import hashlib
 import importlib
@@ -19,9 +18,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +29,7 @@ from common import (UserError, at_least_0, atomic, checked, count, draw_latents,
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
-from torch.nn import functional as F
 
 edm = importlib.import_module("02_edm_cifar")
 
@@ -79,9 +74,8 @@ def precision_recall(fake, real):
 
 
 def inception_score(p, p_log_p, counts):
-    """exp of the mean KL(p(class | image) || p(class)) (Salimans et al. 2016), from sums over the
-    images of each split: p (S, classes), p_log_p (S,), counts (S,). -> mean and standard deviation
-    over the splits"""
+    """exp of the mean KL(p(class | image) || p(class)) (Salimans et al. 2016), from sums of splits:
+    p (S, classes), p_log_p (S,), counts (S,). -> mean and standard deviation over the splits"""
     score = (p_log_p / counts + torch.special.entr(p / counts[:, None]).sum(1)).exp()
     return score.mean().item(), score.std(correction=0).item()
 
@@ -89,8 +83,7 @@ def inception_score(p, p_log_p, counts):
 # ---- Features ----
 def load_detector(args, x):
     """-> a function (uint8 (B, 3, H, W)) -> features (B, D) and probabilities (B, classes) or None;
-    and the SHA-256 of its file. x are images to try Inception on. UserError if the file cannot be
-    had, or is another one than --detector-sha256 says."""
+    and its file's SHA-256. Inception is tried on the images x. UserError without the right file."""
     if args.features == "teacher":
         net = edm.load_denoiser(edm.SHAPES)[0].to(x.device)
         return lambda x: (edm.teacher_features(net, x / 127.5 - 1), None), sha256(edm.SHAPES)
@@ -99,14 +92,8 @@ def load_detector(args, x):
     print(f"{path}, sha256 {digest}: a TorchScript file is a program")
     require((args.detector_sha256 or digest).lower() == digest,
             f"{path} has sha256 {digest}, --detector-sha256 expects another: download it again")
-    return load_inception(path, x), digest
-
-
-def load_inception(path, x):
-    """NVIDIA's Inception in TorchScript, as load_detector returns a network."""
-    with (reading(path, "NVIDIA's Inception in TorchScript: download it again"),
-          warnings.catch_warnings(), torch.no_grad()):
-        warnings.simplefilter("ignore")  # torch.jit.load is deprecated; no other function reads it
+    with (reading(path, "NVIDIA's Inception in TorchScript: download it again"), torch.no_grad(),
+          warnings.catch_warnings(action="ignore")):  # torch.jit.load is deprecated
         net = torch.jit.load(path, map_location=x.device).eval()
         features, p = net(x, return_features=True), net(x, no_output_bias=True)
         require(features.ndim == p.ndim == 2, "its features are no vectors")
@@ -118,19 +105,13 @@ def load_inception(path, x):
     def detect(x):
         features = net(x, return_features=True)
         return features, (features @ last.T).softmax(1) if found else net(x, no_output_bias=True)
-    return detect
+    return detect, digest
 
 
 # ---- Images ----
-@dataclass
-class Images:
-    """read(numbers) -> the images with these numbers, uint8 (B, 3, H, W). `size` is how many there
-    are, or 0 for a network's, which are drawn without end, number k from seed k."""
-    name: str
-    read: Callable
-    shape: tuple
-    size: int
-    sha256: str | None
+# read(numbers) -> the images with these numbers, uint8 (B, 3, H, W). `size` is how many there are,
+# or 0 for a network's images, which are drawn without end: image k from seed k.
+Images = namedtuple("Images", "name read shape size sha256")
 
 
 def generated(path, args, device):
@@ -164,27 +145,13 @@ def generated(path, args, device):
     return Images(name, read, tuple(net.image_shape), 0, digest)
 
 
-def folder_of_images(path):
-    """The PNGs and JPEGs in a folder, in the order of their names."""
-    files = sorted(file for file in path.iterdir() if not file.name.startswith(".")
-                   and file.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    require(files, f"{path} has no .png or .jpg in it, nor the g_ema.pt of a run of stage 2")
-
-    def read_one(file, size=None):
-        with (reading(file, f"a PNG or JPEG, RGB, of {size or 'any'} pixels"),
-              Image.open(file, formats=("PNG", "JPEG")) as image):
-            found = f"{image.mode}, {image.size}"
-            require(image.mode == "RGB" and size in (None, image.size), found)
-            return np.array(image)
-
-    height, width, _ = read_one(files[0]).shape
-    read = lambda numbers: channels_first([read_one(files[k], (width, height)) for k in numbers])
-    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-    return Images(str(path), read, (3, height, width), len(files), digest)
-
-
-def array_of_images(path):
-    """The one array of images in an .npz file."""
+def open_images(path):
+    """A folder, or the one array of images in an .npz file. UserError for anything else."""
+    if path.is_dir():
+        return folder_of_images(path)
+    state = "holds no images" if path.exists() else "is not there"
+    require(path.suffix == ".npz", f"{path} {state}: expected a folder of images or an .npz; to "
+            "evaluate, a run of stage 2 or a checkpoint (.pt, .pkl) as well")
     arrays = read_npz(path)
     found = [v for v in arrays.values() if v.dtype == np.uint8 and v.ndim == 4 and v.shape[-1] == 3]
     holds = ", ".join(f"{name} {v.dtype} {v.shape}" for name, v in arrays.items())
@@ -194,31 +161,38 @@ def array_of_images(path):
     return Images(str(path), read, (3, *found[0].shape[1:3]), len(found[0]), sha256(path))
 
 
+def folder_of_images(path):
+    """The PNGs and JPEGs in a folder, in the order of their names, without hidden files."""
+    files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    require(files, f"{path} has no .png or .jpg in it, nor the g_ema.pt of a run of stage 2")
+
+    def read_one(file, size=None):
+        with (reading(file, f"a PNG or JPEG, RGB, of {size or 'any'} pixels"),
+              Image.open(file, formats=("PNG", "JPEG")) as image):
+            fits = image.mode == "RGB" and size in (None, image.size)
+            require(fits, f"{image.mode}, {image.size}")
+            return np.array(image)
+
+    height, width, _ = read_one(files[0]).shape
+    read = lambda numbers: channels_first([read_one(files[k], (width, height)) for k in numbers])
+    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return Images(str(path), read, (3, height, width), len(files), digest)
+
+
 def read_npz(path):
     with reading(path, "an .npz file of arrays"), np.load(path) as file:
-        return {name: file[name] for name in file.files}
+        return dict(file)
 
 
 def channels_first(pixels):
-    return torch.from_numpy(rearrange(pixels, "n h w c -> n c h w"))
-
-
-def open_images(path):
-    """A folder or an .npz file, as Images. UserError for anything else."""
-    if path.is_dir():
-        return folder_of_images(path)
-    found = "holds no images" if path.exists() else "is not there"
-    require(path.suffix == ".npz", f"{path} {found}: expected a folder of images or an .npz; to "
-            "evaluate, a run of stage 2 or a checkpoint (.pt, .pkl) as well")
-    return array_of_images(path)
+    return torch.from_numpy(np.asarray(pixels)).movedim(-1, 1)  # (N, H, W, 3) -> (N, 3, H, W)
 
 
 # ---- One pass ----
 @torch.no_grad()
 def one_pass(images, numbers, detect, batch, device):
-    """Everything that is measured of the images with these numbers -> mu (D,), sigma (D, D), n, at
-    most STORED features and, of Inception, the sums for the Inception Score. All come from sums in
-    float64, so that neither the size of a batch nor the number of ranks changes the result."""
+    """The images with these numbers -> mu (D,), sigma (D, D), n, at most STORED features and sums
+    for the Inception Score. Sums in float64 depend neither on the batch size nor on the ranks."""
     n, (rank, ranks) = len(numbers), rank_and_ranks()
     require(n >= max(2, ranks), f"{images.name}: {n} images, expected at least {max(2, ranks)}")
     every = -(-n // STORED)  # one in so many features is stored: files may be sorted by class
@@ -229,9 +203,8 @@ def one_pass(images, numbers, detect, batch, device):
         features, p = [v if v is None else v.cpu().double() for v in detect(x)]
         new = {"x": features.sum(0), "xx": features.T @ features}
         if p is not None:
-            split = F.one_hot(((index + 1) * SPLITS - 1) // n, SPLITS).double().T
-            new |= {"p": split @ p, "counts": split.sum(1),
-                    "p_log_p": split @ torch.xlogy(p, p).sum(1)}
+            split = torch.nn.functional.one_hot(((index + 1) * SPLITS - 1) // n, SPLITS).double().T
+            new |= {"p": split @ p, "counts": split.sum(1), "p_log_p": split @ p.xlogy(p).sum(1)}
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
         stored = torch.zeros(-(-n // every), features.shape[1]) if stored is None else stored
         chosen = index % every == 0
@@ -253,7 +226,15 @@ def load_reference(args, images, dim, digest, measure):
         name, path = "true shapes", edm.SHAPES  # their moments are in the teacher's file
         arrays = edm.load_denoiser(path)[2] | {"features": "teacher"}
     if "mu" in arrays:
-        check_moments(name, arrays, args.features, dim, digest)
+        with reading(name, f"mu ({dim},) and sigma ({dim}, {dim}) of {args.features} features, as "
+                     "--stats writes them with this detector"):
+            of = str(arrays.get("features", "inception"))
+            require(of == args.features, f"it has {of} features")
+            require(str(arrays.get("detector_sha256", digest)) == digest, "by another detector")
+            for key, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
+                v = np.asarray(arrays[key])
+                require(v.shape == shape, f"{key} is {v.shape}")
+                require(v.dtype.kind == "f" and np.isfinite(v).all(), f"{key} is not finite")
         return arrays, {"reference": name, "reference_sha256": sha256(path)}
     real = open_images(path)
     require(args.features == "inception" or real.shape == images.shape,  # Inception resizes images
@@ -262,34 +243,20 @@ def load_reference(args, images, dim, digest, measure):
     return measure(real, range(real.size)), facts
 
 
-def check_moments(name, arrays, features, dim, digest):
-    """UserError unless a file's mu and sigma are finite, and of the features of this detector."""
-    with reading(name, f"mu ({dim},) and sigma ({dim}, {dim}) of {features} features, as --stats "
-                 "writes them with this detector"):
-        of = str(arrays.get("features", "inception"))
-        require(of == features, f"it has {of} features")
-        require(str(arrays.get("detector_sha256", digest)) == digest, "made by another detector")
-        for key, shape in (("mu", (dim,)), ("sigma", (dim, dim))):
-            v = np.asarray(arrays[key])
-            require(v.shape == shape, f"{key} is {v.shape}")
-            require(v.dtype.kind == "f" and np.isfinite(v).all(), f"{key} is not finite numbers")
-
-
 def metrics(fake, real, features):
     """{full name: value} of a pass against a reference; each name says the features and n."""
     thousands = lambda n: f"{n // 1000}k" if n % 1000 == 0 else str(n)
     of, n = "" if features == "inception" else f"-{features}", thousands(fake["n"])
     distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
-    values = {f"{'FD' if of else 'FID'}{of}-{n}": distance}
+    got = {f"{'FD' if of else 'FID'}{of}-{n}": distance}
     if "p" in fake and fake["n"] >= SPLITS:
-        score = inception_score(fake["p"], fake["p_log_p"], fake["counts"])
-        values |= dict(zip((f"IS-{n}", f"IS-{n} (std of splits)"), score))
+        score, std = inception_score(fake["p"], fake["p_log_p"], fake["counts"])
+        got |= {f"IS-{n}": score, f"IS-{n} (std of splits)": std}
     if "stored" in real:
         both, k = (fake["stored"], real["stored"]), thousands(len(fake["stored"]))
-        kid, precision = kernel_distance(*both), precision_recall(*both)
-        values |= dict(zip((f"KID{of}-{k}", f"KID{of}-{k} (std of subsets)"), kid))
-        values |= dict(zip((f"precision-{features}-{k}", f"recall-{features}-{k}"), precision))
-    return values
+        got[f"KID{of}-{k}"], got[f"KID{of}-{k} (std of subsets)"] = kernel_distance(*both)
+        got[f"precision-{features}-{k}"], got[f"recall-{features}-{k}"] = precision_recall(*both)
+    return got
 
 
 # ---- The command line ----
@@ -326,12 +293,11 @@ def check_flags(args, images):
     require(args.nfe == 1 or not args.t_star, "--t-star is for one step, --nfe for more")
     require(args.features != "teacher" or images.shape == (3, 16, 16), f"{args.source} has images "
             f"(C, H, W) of {images.shape}: --features teacher expects (3, 16, 16)")
-    require(not args.stats or not args.reference and args.trials == 1,
-            "--stats takes no reference and no --trials")
 
 
 def write_statistics(args, images, n, digest, measure):
     path, start = Path(args.stats), args.seed + (0 if images.size else APART)
+    require(not args.reference and args.trials == 1, "--stats takes no reference and no --trials")
     require(path.suffix == ".npz" and path.parent.is_dir() and not path.exists(),
             f"--stats {path}: expected a new .npz file, in a folder that is there")
     got = measure(images, range(start, start + n))
@@ -352,14 +318,11 @@ def read_results(path):
     return results
 
 
-def summarise(trials):
-    """[{name: value}] -> {name: {"mean", and of more than one trial "std" and "trials"}}"""
-    summary = {}
-    for name in trials[0]:
-        values = [trial[name] for trial in trials]
-        summary[name] = {"mean": float(np.mean(values))}
-        if len(values) > 1:
-            summary[name] |= {"std": float(np.std(values, ddof=1)), "trials": values}
+def summarise(values):
+    """A metric's values -> {"mean", and of more than one trial "std" and "trials"}"""
+    summary = {"mean": float(np.mean(values))}
+    if len(values) > 1:
+        summary |= {"std": float(np.std(values, ddof=1)), "trials": values}
     return summary
 
 
@@ -390,10 +353,9 @@ def main(argv=None):
     if args.stats:
         return write_statistics(args, images, n, digest, measure)
     reference, facts = load_reference(args, images, detect(x)[0].shape[1], digest, measure)
-    facts |= {"source": images.name, "source_sha256": images.sha256, "n": n,
+    facts |= {"source": images.name, "source_sha256": images.sha256, "n": n, "seeds": [],
               "features": args.features, "detector_sha256": digest,
-              "command": f"python eval_fid.py {shlex.join(words)}", "date": str(date.today()),
-              "seeds": []}
+              "command": f"python eval_fid.py {shlex.join(words)}", "date": time.strftime("%F")}
     trials = []
     for first in range(args.seed, args.seed + args.trials * n, n):
         begun = time.time()
@@ -402,7 +364,7 @@ def main(argv=None):
         facts["seeds"].append([first, first + n - 1])
         if rank_and_ranks()[0] == 0:
             trials.append(metrics(fake, reference, args.features))
-            facts["metrics"] = summarise(trials)
+            facts["metrics"] = {name: summarise([t[name] for t in trials]) for name in trials[0]}
             save([*earlier, facts], out)  # after each trial, so that an interruption loses only one
     report(args, facts, out)
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# A waiting OpenMP thread spins. A short spin costs an idle machine a few percent and saves a busy
-# machine a factor of ten. OpenMP reads this when torch is loaded, so torch comes after.
+# A thread of OpenMP that waits for another one spins, and on a busy machine each small operation
+# then waits for a core. A short spin costs an idle machine a few percent and saves a busy machine a
+# factor of ten. OpenMP reads this variable when torch is loaded, so torch is imported after it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -52,7 +53,8 @@ def require(condition, message):
 @dataclass(frozen=True)
 class Distance:
     """A distance d of (3.3) and its gradient d': y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...).
-    A function in DISTANCES returns one; --distance NAME,argument=value sets its arguments."""
+    To add your own, write a function below that returns a Distance, and name the function in
+    DISTANCES. Its arguments become parameters: --distance NAME,argument=value."""
     d: Callable
     d_prime: Callable
 
@@ -320,7 +322,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def distance_to_truth(features, meta):
-    """The Frechet distance of features (N, D) to the true moments that a teacher's file holds."""
+    """The Frechet distance of features (N, D) to the true moments that a teacher's file holds. Only
+    in the features of Inception is this number FID."""
     return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
 
 
@@ -618,8 +621,9 @@ def load_generator(path, build, device="meta"):
 
 def load_frozen(build, net_args, state, device="meta"):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
-    FROZEN: every teacher comes from here. On the meta device nothing is allocated for a file that
-    declares more than it holds. UserError unless names and shapes fit and all is finite."""
+    FROZEN: every teacher comes from here, so that no teacher's weight ever gets a gradient. On the
+    meta device nothing is allocated for a file that declares more than it holds. UserError unless
+    names and shapes fit and all is finite."""
     with torch.device(device):
         net = build(**net_args)
     shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
@@ -711,6 +715,7 @@ class Run:
                             "process, or name another --out") from None
 
     def load(self):
+        """Set all parts to their state in ckpt.pt."""
         with reading(self.checkpoint, "the checkpoint of this run: start anew with --fresh"):
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
@@ -745,7 +750,9 @@ class Run:
             self.step += 1  # from here on run.step counts the update that is under way
             yield self.step - 1
             self.bar.update()
-            stop = sum_over_ranks(torch.tensor(self.signal)).item()  # of all ranks, to stop alike
+            stop = self.signal
+            if dist.is_initialized():  # all ranks stop after the same update
+                stop = sum_over_ranks(torch.tensor(stop)).item()
             if stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
                 self.save()
             if stop and self.step < self.args.steps:

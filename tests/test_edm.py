@@ -80,6 +80,14 @@ def test_labels_and_resampling():
     assert torch.equal(net(x, 1.0), net(x, 1.0, 0 * one_hot))
     assert not torch.allclose(net(x, 1.0), net(x, 1.0, one_hot))
     torch.testing.assert_close(net(x, 1.0, one_hot)[1:2], net(x[1:2], torch.ones(1), one_hot[1:2]))
+    unet, enc = net.model, net.model.enc
+    labelled = unet.map_label.weight.T * 3**0.5 + unet.map_label.bias  # EDM: one-hot times sqrt(n)
+    emb = nn.functional.silu(unet.map_layer0(unet.map_noise(torch.ones(1).double()) + labelled))
+    emb = nn.functional.silu(unet.map_layer1(emb))
+    torch.testing.assert_close(unet.embed(torch.ones(1).double(), one_hot, None, 3), emb)
+    h = enc["4x4_down"](enc["8x8_block0"](enc["8x8_conv"](x), emb), emb)
+    residual = (h + enc["4x4_aux_residual"](x)) / 2**0.5  # the picture itself, at each level
+    torch.testing.assert_close(unet.encode(x, emb)[2], residual)
     down, up = net.model.enc["4x4_down"].conv0, net.model.dec["8x8_up"].conv0
     box = edm.make_unet(**TINY).double().model.enc["4x4_down"].conv0
     for taps, conv in (([1, 3, 3, 1], down), ([1, 1], box)):
@@ -198,6 +206,7 @@ def hostile():
         "2^56 bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x00.",
         "2^33 bytes": b"\x80\x05\x96\x00\x00\x00\x00\x02\x00\x00\x00.",
         "LONG_BINPUT": b"\x80\x04Nr\xff\xff\xff\xff.",
+        "LONG_BINPUT 2^27": b"\x80\x04Nr\x00\x00\x00\x08.",
         "a million": b"\x80\x04" + b"N0" * 10**6 + b".",
         "deep": b"\x80\x04" + b"]" * 199_000 + b"a" * 198_999 + b".",
         "doubled": b"\x80\x04)\x94" + doubled + b".", "html": b"<!DOCTYPE html>", "empty": b"",

@@ -376,12 +376,15 @@ def test_frechet_distance_against_scipy():
 
 def test_frechet_distance_refuses():
     mu, sigma = torch.zeros(2), torch.eye(2)
-    for moments_2 in ((torch.zeros(3), torch.eye(3)), (mu, torch.eye(3)), (mu, sigma[:1]),
-                      (mu + math.nan, sigma), (mu, sigma * math.inf), (mu, -3 * sigma)):
-        with pytest.raises(UserError):
-            frechet_distance(mu, sigma, *moments_2)
-        with pytest.raises(UserError):
-            frechet_distance(*moments_2, mu, sigma)
+    for moments_2, text in (((torch.zeros(3), torch.eye(3)), "expected as many"),
+                            ((mu, torch.eye(3)), "expected as many"),
+                            ((mu, sigma[:1]), "expected as many"),
+                            ((mu + math.nan, sigma), "expected finite"),
+                            ((mu, sigma * math.inf), "expected finite"),
+                            ((mu, -3 * sigma), "expected covariances")):
+        for pair in ((mu, sigma, *moments_2), (*moments_2, mu, sigma)):
+            with pytest.raises(UserError, match=text):
+                frechet_distance(*pair)
 
 
 # ---- networks from files ----

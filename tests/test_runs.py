@@ -1,5 +1,6 @@
 """The run kit: folders that survive a kill, errors in one line; and the shape of the code."""
 import ast
+import fcntl
 import importlib
 import json
 import os
@@ -137,6 +138,7 @@ def test_signals(tmp_path, monkeypatch, kind, capsys):
         one_line_errors(lambda argv: small_run(tmp_path / "run"))()
     error = capsys.readouterr().err
     assert stop.value.code == 130 and "step 3 is saved in" in error and "goes on" in error
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 3
     assert error.count("\n") == 1 and signal.getsignal(kind) == signal.SIG_DFL  # a second one kills
     monkeypatch.setattr(Run, "write", write)
     small_run(tmp_path / "run")
@@ -212,9 +214,11 @@ def test_a_folder_that_cannot_be_written_is_not_in_use(tmp_path, monkeypatch, er
     (tmp_path / "file").write_text("")
     line = refused(one_line_errors(lambda argv: small_run(tmp_path / "file" / "run")), [])
     assert "in use" not in line and "file" in line
-    monkeypatch.setattr(Path, "open", no_lock)
-    line = refused(one_line_errors(lambda argv: small_run(tmp_path / "run")), [])
-    assert error.strerror in line and "run/.lock" in line and "in use" not in line
+    for place, name in ((fcntl, "lockf"), (Path, "open")):
+        monkeypatch.setattr(place, name, no_lock)
+        line = refused(one_line_errors(lambda argv: small_run(tmp_path / "run")), [])
+        assert error.strerror in line and "in use" not in line
+    assert "run/.lock" in line
 
 
 def test_losses_and_weights_that_are_not_finite(tmp_path, monkeypatch):

@@ -357,7 +357,6 @@ def distil(args, run, mixture, net, train=train, pretrain=pretrain, sample=one_s
         random = torch.Generator(device).manual_seed(0)
         z = torch.randn(10_000, 2, device=device, generator=random)
         x, exact = sample(g, z, args.t_star), mixture.sample(10_000, random)
-        (run.folder / "samples").mkdir(exist_ok=True)
         picture = panel(mixture, x, f"step {run.step}")
         save_picture(picture, run.folder / "samples" / f"{run.step:06}.png")
         return {"sw2": sliced_w2(projections(x, 20), projections(exact, 20))}
@@ -366,13 +365,12 @@ def distil(args, run, mixture, net, train=train, pretrain=pretrain, sample=one_s
         run.write(**evaluate())
     train(args, d_q, run, evaluate)
     if run.is_first:
-        summarise(args, run, mixture, d_q, partial(sample, g, t_star=args.t_star))
+        summarise(run, mixture, d_q, partial(sample, g, t_star=args.t_star))
 
 
 @torch.no_grad()
-def summarise(args, run, mixture, d_q, student, n=10_000, sets=8):
+def summarise(run, mixture, d_q, student, n=10_000, sets=8):
     """metrics.json, samples.png, animation.gif, and what they say."""
-    seconds = round(run.elapsed(), 1)
     random = torch.Generator(mixture.means.device).manual_seed(1)
     normal = partial(torch.randn, n, 2, device=mixture.means.device, generator=random)
     exact = [mixture.sample(n, random) for _ in range(sets)]
@@ -380,15 +378,14 @@ def summarise(args, run, mixture, d_q, student, n=10_000, sets=8):
     samples = {"data": exact, "teacher, 35 evaluations": teacher,
                "generator": [student(normal()) for _ in range(sets)]}
     results = {name: measure(group, exact, mixture) for name, group in samples.items()}
-    metrics = run.facts | {k: getattr(args, k) for k in ("method", "distance", "seed", "steps")}
-    metrics |= {"seconds": seconds} | results["generator"]
-    metrics |= {f"{key}_teacher": v for key, v in results["teacher, 35 evaluations"].items()}
-    metrics |= {f"{key}_exact": v for key, v in results["data"].items()}
+    figures = results["generator"]
+    figures |= {f"{key}_teacher": v for key, v in results["teacher, 35 evaluations"].items()}
+    figures |= {f"{key}_exact": v for key, v in results["data"].items()}
     panels = [np.array(panel(mixture, group[0], name)) for name, group in samples.items()]
     save_picture(Image.fromarray(np.hstack(panels)), run.folder / "samples.png")
     frames = [Image.open(path) for path in sorted((run.folder / "samples").glob("[0-9]*.png"))]
     save_picture(frames[0], run.folder / "animation.gif", frames[1:])
-    run.finish(metrics)
+    seconds = run.finish(**figures)["seconds"]
     print(f"{seconds:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for name, r in results.items():
         low, high = min(r["mode_shares"]), max(r["mode_shares"])

@@ -16,12 +16,12 @@ import pickle
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, UserError, atomic, batch_sum, checked, distance_to_truth,
+from common import (EDMPrecond, Run, UserError, batch_sum, checked, distance_to_truth,
                     draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid,
                     lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
                     micro_batches, one_line_errors, p_edm, p_karras, parse_distance, pick_device,
                     reading, require, sample_path, save_picture, seed_step, sha256, to_uint8,
-                    train_only, update)
+                    train_only, update, write_samples)
 
 import numpy as np
 import torch
@@ -504,7 +504,6 @@ def distil(args, folder, d_q, meta, facts):
 
     def evaluate():
         """A picture; of a teacher with stored moments the Frechet distance, and g_best.pt."""
-        (run.folder / "samples").mkdir(exist_ok=True)
         one_step = partial(sample_one_step, run.g_ema, args.t_star)
         save_picture(picture([one_step(*shown)]), run.folder / "samples" / f"{run.step:07}.png")
         if "mu" not in meta:
@@ -525,20 +524,16 @@ def summarise(args, run, d_q, meta, shown):
     """samples.png, metrics.json, and what they say."""
     sets = [sample_teacher(d_q, *shown), sample_one_step(run.g_ema, args.t_star, *shown)]
     save_picture(picture(sets), run.folder / "samples.png")
-    lines = run.lines()
-    metrics = {k: getattr(args, k) for k in ("method", "distance", "seed", "steps", "batch")}
-    metrics |= {"teacher": run.facts["teacher"]}
-    metrics |= {k: lines[-1][k] for k in ("seconds", "images_s")}
-    if "mu" in meta:
-        fds = [line["fd"] for line in lines if "fd" in line]
-        metrics |= {"fd": fds[-1], "fd_best": min(fds), "fd_teacher": meta["fd_teacher"],
-                    "fd_real": meta["fd_real"]}
+    fds, figures = [line["fd"] for line in run.lines() if "fd" in line], {}
+    if fds:
+        figures = {"fd": fds[-1], "fd_best": min(fds), "fd_teacher": meta["fd_teacher"],
+                   "fd_real": meta["fd_real"]}
         print(f"Frechet distance in the teacher's features, {FD_IMAGES} images (it is not FID):\n"
-              f"  true images              {metrics['fd_real']:.4f}\n"
-              f"  teacher, 35 evaluations  {metrics['fd_teacher']:.4f}\n"
-              f"  one step                 {metrics['fd']:.4f}, "
-              f"{metrics['fd'] / metrics['fd_teacher']:.2f} times the teacher's")
-    run.finish(metrics)
+              f"  true images              {figures['fd_real']:.4f}\n"
+              f"  teacher, 35 evaluations  {figures['fd_teacher']:.4f}\n"
+              f"  one step                 {figures['fd']:.4f}, "
+              f"{figures['fd'] / figures['fd_teacher']:.2f} times the teacher's")
+    metrics = run.finish(**figures)
     own = f" --teacher {metrics['teacher']}" if ":" in metrics["teacher"] else ""
     print(f"{metrics['seconds']:.0f} s; pictures: {run.folder}/samples.png (teacher | one step)\n"
           f"next: python 02_edm_cifar.py --sample {run.folder}{own} --n 64 --teacher-sample")
@@ -563,28 +558,12 @@ def sample(args, device):
                 f"--teacher {name} has other images or classes than {args.sample}")
         sets["teacher"] = sample_teacher(d_q, z, labels)
     sets["one_step"] = sample_one_step(g.to(device), args.t_star or t_star, z, labels)
-    out = sample_path(args, args.sample)
-    write_samples(out, sets, labels, args.seed)
+    out, rows = sample_path(args, args.sample), math.ceil(args.n**0.5)
+    white = -args.n % rows  # white images fill the last row
+    fill = lambda x: torch.cat([x, x.new_ones(white, *x.shape[1:])])
+    write_samples(out, sets, lambda: picture([fill(x) for x in sets.values()], rows), args.seed,
+                  labels=labels.argmax(1).cpu() if labels.shape[1] else [])
     print(f"{args.n} images ({' | '.join(sets)}): {out}")
-
-
-def write_samples(out, sets, labels, seed):
-    """Sets {name: images (N, C, H, W)} as one picture, one file of arrays, or PNGs in a folder."""
-    if out.suffix == ".npz":
-        arrays = {k: rearrange(to_uint8(x), "n c h w -> n h w c").cpu() for k, x in sets.items()}
-        with atomic(out) as temporary:
-            np.savez(temporary, **arrays, labels=labels.argmax(1).cpu() if labels.shape[1] else [])
-    elif out.suffix == ".png":
-        rows = math.ceil(len(labels)**0.5)
-        missing = -len(labels) % rows  # white images fill the last row
-        filled = [torch.cat([x, x.new_ones(missing, *x.shape[1:])]) for x in sets.values()]
-        save_picture(picture(filled, rows), out)
-    else:
-        for name, x in sets.items():
-            folder = out / name if len(sets) > 1 else out
-            folder.mkdir(exist_ok=True)
-            for k, image in enumerate(to_uint8(x[:, :3].expand(-1, 3, -1, -1))):
-                save_picture(image_grid(image[None]), folder / f"{seed + k:06}.png")
 
 
 # ---- The command line ----

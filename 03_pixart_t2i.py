@@ -21,14 +21,13 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, atomic, batch_sum, checked, count, distance_to_truth,
-                    dpm_solver, draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update,
-                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
-                    make_parser, micro_batches, one_line_errors, p_edm, parse_distance,
-                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
-                    seed_step, sha256, to_uint8, train_only, update)
+from common import (EDMPrecond, Run, batch_sum, checked, count, distance_to_truth, dpm_solver,
+                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, image_grid,
+                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
+                    micro_batches, one_line_errors, p_edm, parse_distance, pick_device, progress,
+                    reading, require, sample_path, save_once, save_picture, seed_step, sha256,
+                    to_uint8, train_only, update, write_samples)
 
-import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
@@ -749,7 +748,6 @@ def distil(args, run, d_q, captions, judge):
 
     def evaluate():
         images, figures = judge(partial(sample_one_step, run.g_ema, args.t_star))
-        (run.folder / "samples").mkdir(exist_ok=True)
         save_picture(sheet(images[:80], 10), run.folder / "samples" / f"{run.step:07}.png")
         return figures
 
@@ -762,19 +760,17 @@ def distil(args, run, d_q, captions, judge):
 
 def summarise(args, run, d_q, judge):
     """samples.png, metrics.json, and what they say: the paper's Table 3 in miniature."""
-    names = ("method", "distance", "guidance", "seed", "steps", "batch")
-    metrics = {name: getattr(args, name) for name in names} | {"seconds": round(run.elapsed(), 1)}
     above, figures = judge(partial(sample_teacher, d_q, num_steps=14))
     below, figures_of_g = judge(partial(sample_one_step, run.g_ema, args.t_star))
     rows = {"teacher": figures | {"steps": 14}, "one step": figures_of_g | {"steps": 1}}
     if "fd_real" in judge.meta:
         rows = {"true images": {"fd": judge.meta["fd_real"]}} | rows
     save_picture(captioned([above, below], judge.prompts[:20]), run.folder / "samples.png")
-    run.finish(metrics | rows)
+    seconds = run.finish(**rows)["seconds"]
     for name, row in rows.items():
         print(f"{name:12}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
     prompt = shlex.quote(judge.prompts[0])
-    print(f"{metrics['seconds']:.0f} s; {run.folder}/samples.png: the teacher above one step\n"
+    print(f"{seconds:.0f} s; {run.folder}/samples.png: the teacher above one step\n"
           f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {prompt}")
     if "fd_real" in judge.meta:
         print(f"next: python lab/shapes.py {run.folder}     are shapes and colours right?")
@@ -809,26 +805,10 @@ def sample(args, device):
         guided = Guided(d_q, guidance if args.guidance is None else args.guidance, blank)
         sets["teacher"] = sample_teacher(guided, z, *cond, args.teacher_steps, args.solver)
     sets["one_step"] = sample_one_step(g, args.t_star or t_star, z, *cond)
-    write_samples(out, {name: pipeline.decode(x).cpu() for name, x in sets.items()}, texts)
-
-
-def write_samples(out, sets, texts):
-    """{name: images (N, 3, H, W)} -> a .png, an .npz, or a folder, which lab/scores.py reads."""
-    if out.suffix == ".png":
-        one = len(texts) == len(sets) == 1
-        save_picture(sheet(sets["one_step"]) if one else captioned([*sets.values()], texts), out)
-    elif out.suffix == ".npz":
-        arrays = {name: rearrange(to_uint8(x), "n c h w -> n h w c") for name, x in sets.items()}
-        with atomic(out) as temporary:
-            np.savez(temporary, **arrays)
-    else:
-        for name, images in sets.items():
-            folder = out if name == "one_step" else out / name
-            folder.mkdir(exist_ok=True)
-            for k, image in enumerate(images):
-                save_picture(image_grid(to_uint8(image[None])), folder / f"{k:06}.png")
-            with atomic(folder / "prompts.txt") as temporary:
-                temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts))
+    sets, single = {name: pipeline.decode(x) for name, x in sets.items()}, len(texts) == 1
+    write_samples(out, sets, lambda: (sheet(sets["one_step"]) if single and len(sets) == 1 else
+                                      captioned([*sets.values()], texts)),
+                  args.seed, texts)
     print(f"{len(texts)} images ({' above '.join(sets)}): {out}")
 
 

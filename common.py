@@ -558,11 +558,12 @@ def writing(path):
 
 @contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, with its extension. The file gets its own name only if
-    the block succeeds, so that it is never half written."""
+    """Yields a temporary path beside `path`, with its extension, and makes the folder. The file
+    gets its own name only if the block succeeds, so that the file is never half written."""
     temporary = Path(path).with_name(f".tmp-{Path(path).name}")
     try:
         with writing(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -587,7 +588,6 @@ def sha256(path):
 def save_once(path, make):
     """A file in checkpoints/ that all ranks read: the first rank saves make() if there is none."""
     if rank_and_ranks()[0] == 0 and not path.exists():
-        path.parent.mkdir(exist_ok=True)
         save(make(), path)
         print(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
     barrier()
@@ -597,7 +597,6 @@ def fetch(url):
     """A published file -> its path in checkpoints/, downloaded once. UserError without network."""
     path = Path("checkpoints") / url.rpartition("/")[2]
     if rank_and_ranks()[0] == 0 and not path.exists():
-        path.parent.mkdir(exist_ok=True)
         expected = f"a network, or this file saved by other means as {path}"
         with (atomic(path) as part, reading(url, expected), urllib.request.urlopen(url) as answer):
             torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
@@ -726,9 +725,14 @@ class Run:
         if self.step < self.args.steps:
             print(f"{self.folder} goes on from step {self.step} of {self.args.steps}")
 
-    def finish(self, metrics):
-        """Write metrics.json, as the last file: a run that has this file is finished."""
+    def finish(self, **figures):
+        """Write metrics.json, as the last file: a run that has this file is finished. -> what
+        metrics.json says: which run it was, how long it took, and its figures."""
+        names = ("method", "distance", "teacher", "seed", "steps", "batch")
+        last = {name: self.lines()[-1][name] for name in ("seconds", "images_s")}
+        metrics = {name: vars(self.args)[name] for name in names} | self.facts | last | figures
         save(metrics, self.folder / "metrics.json")
+        return metrics
 
     def finished(self):
         """True, and said, if nothing of the run is left to do."""
@@ -875,3 +879,24 @@ def sample_path(args, run):
     with writing(out):
         (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     return out
+
+
+def write_samples(out, sets, picture, seed, texts=(), **more):
+    """Sets {name: images (N, C, H, W)}, where sample_path says: as picture(), a .png; as arrays in
+    an .npz, with `more` of them; or as PNGs in a folder, named by the seed of each image, and the
+    texts in prompts.txt. Each of several sets has its own folder."""
+    pixels = {name: to_uint8(images).cpu() for name, images in sets.items()}
+    if out.suffix == ".png":
+        save_picture(picture(), out)
+    elif out.suffix == ".npz":
+        arrays = {name: rearrange(x, "n c h w -> n h w c") for name, x in pixels.items()}
+        with atomic(out) as temporary:
+            np.savez(temporary, **arrays, **more)
+    else:
+        for name, x in pixels.items():
+            folder = out / name if len(sets) > 1 else out
+            for k, image in enumerate(x[:, :3].expand(-1, 3, -1, -1)):
+                save_picture(image_grid(image[None]), folder / f"{seed + k:06}.png")
+            if texts:
+                with atomic(folder / "prompts.txt") as temporary:
+                    temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts))

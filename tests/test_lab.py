@@ -17,9 +17,9 @@ shapes, studies = importlib.import_module("lab.shapes"), importlib.import_module
 
 # ---- shapes ----
 def test_true_shapes_are_read():
-    images, labels = shapes.draw_shapes(500, 4)
+    images, labels = shapes.draw_shapes(200, 4)
     assert images.dtype == torch.float32 and -1 <= images.min() and images.max() <= 1
-    again, same = shapes.draw_shapes(500, 4)
+    again, same = shapes.draw_shapes(200, 4)
     assert torch.equal(images, again) and torch.equal(labels, same)
     assert set(labels.tolist()) == {*range(10)}
     classes, colours, backgrounds = shapes.read_shapes(to_uint8(images))
@@ -27,8 +27,8 @@ def test_true_shapes_are_read():
     corners = torch.stack([images[:, :, i, j] for i in (0, -1) for j in (0, -1)]).median(0).values
     assert ((corners / 2 + 0.5 - backgrounds).abs().amax(1) < 0.05).float().mean() > 0.99
     assert ((colours - backgrounds).norm(dim=1) > 0.55).float().mean() > 0.99  # as they are drawn
-    noise = torch.randint(256, (200, 3, 16, 16), dtype=torch.uint8)
-    assert (shapes.read_shapes(noise)[0] == labels[:200]).float().mean() < 0.2
+    noise = torch.randint(256, (100, 3, 16, 16), dtype=torch.uint8)
+    assert (shapes.read_shapes(noise)[0] == labels[:100]).float().mean() < 0.2
     big, fixed = shapes.draw_shapes(9, 0, size=32, labels=[3] * 9)
     assert big.shape == (9, 3, 32, 32) and (fixed == 3).all()
 
@@ -97,6 +97,7 @@ def test_class_accuracy_of_a_run(tmp_path, capsys, tiny, refused):
     assert "no teacher of shapes" in refused(shapes.main, [imports, "--n", 2, "--teacher-too"])
 
 
+@pytest.mark.slow
 def test_prompt_accuracy_of_a_run(tmp_path):
     run = make_run(tmp_path / "run", t2i.EMBEDDED, teacher="miniature", guidance=3.0)
     shapes.main([str(run), "--n", "16", "--teacher-too", "--device", "cpu"])

@@ -315,7 +315,7 @@ def test_a_run_its_samples_and_its_metrics(tmp_path, refused):
 def test_the_gaussian_figure(tmp_path, refused):
     lab.main(["--gaussian", str(tmp_path / "g.png")])
     assert Image.open(tmp_path / "g.png").size == (960, 340)
-    assert "none" in refused(lab.main, ["--gaussian", tmp_path / "none" / "g.png"])
+    assert "none" in refused(lab.main, ["--gaussian", tmp_path / "g.png" / "none.png"])
 
 
 # ---- The command line ----

@@ -564,8 +564,8 @@ def test_a_run_leaves_what_it_should(whole):
               "p_std": 2.0, "truncate": "clamp", "weight_psi": "one", "preset": "paper"}
     assert wanted.items() <= args.items() and args["teacher_sha256"] == common.sha256(RELEASE)
     assert len(args["prompts_sha256"]) == 64 and args["vae"] == str(PIXART / "vae")
-    assert metrics.keys() == {"method", "distance", "guidance", "seed", "steps", "batch", "seconds",
-                              "teacher", "one step"}
+    assert metrics.keys() >= {"method", "distance", "guidance", "seed", "steps", "batch", "seconds",
+                              "images_s", "teacher", "one step"}
     assert metrics["one step"].keys() == {"ms_image", "steps"} == metrics["teacher"].keys()
     line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 3 and line["divergence"] > 0 and line["images_s"] > 0
@@ -666,14 +666,14 @@ def test_sampling(whole, tmp_path, capsys, refused):
     both = ["--sample", str(whole), *FILES, "--prompt", "a cat", "--prompt", "a red house"]
     t2i.main([*both, "--out", place("folder"), "--seed", "3"])
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
-    assert names == ["000000.png", "000001.png", "prompts.txt"]
+    assert names == ["000003.png", "000004.png", "prompts.txt"]
     assert (tmp_path / "folder/prompts.txt").read_text() == "a cat\na red house\n"
     assert "not empty" in refused(t2i.main, [*both, "--out", place("folder")])
     one = ["--sample", str(whole), "--device", "cpu", "--prompt", "a red house"]  # the run's T5
     t2i.main([*one, "--seed", "4"])
     single = image(whole / "samples-1-seed-4.png")  # the default place
     assert single.shape == (128, 128, 3)
-    assert np.abs(single - image(tmp_path / "folder/000001.png")).max() <= 1
+    assert np.abs(single - image(tmp_path / "folder/000004.png")).max() <= 1
     torch.save(draw_latents([4], (4, 16, 16))[0], tmp_path / "z.pt")
     t2i.main([*one, "--latents", place("z.pt"), "--seed", "9", "--out", place("again.png")])
     assert np.array_equal(image(tmp_path / "again.png"), single)
@@ -684,7 +684,7 @@ def test_sampling(whole, tmp_path, capsys, refused):
     assert np.array_equal(dpm[136:264, :128], single) and np.array_equal(dpm[136:], heun[136:])
     assert not np.array_equal(dpm[:128], heun[:128])
     t2i.main([*both, "--out", place("both"), "--teacher-steps", "2", "--n", "2"])
-    pictures = [(tmp_path / name).glob("*.png") for name in ("both", "both/teacher")]
+    pictures = [(tmp_path / name).glob("*.png") for name in ("both/one_step", "both/teacher")]
     assert [len(list(some)) for some in pictures] == [4, 4]
     t2i.main([*both, "--out", place("x.npz"), "--teacher-steps", "2"])
     arrays = np.load(tmp_path / "x.npz")
@@ -714,6 +714,7 @@ def test_the_released_generator_is_sampled(tmp_path):
 
 
 # ---- the miniature ----
+@pytest.mark.slow
 def test_the_embedded_teacher_draws_what_it_is_told():
     assert t2i.EMBEDDED.stat().st_size < 6e6
     teacher, _, meta = t2i.load_pipeline(t2i.EMBEDDED)

@@ -269,7 +269,7 @@ def parse(argv):
     add("--features", choices=("inception", "teacher"), default="inception",
         help="only the first gives FID; teacher is the encoder of the embedded teacher of shapes")
     add("--n", type=count, help="images; 50,000, or all of a folder or a file, unless given")
-    add("--trials", type=count, default=1, help="each with n fresh seeds (EDM, SiD: 3)")
+    add("--trials", type=count, default=1, help="each with n fresh seeds (EDM: 3, SiD: 10)")
     add("--seed", type=at_least_0, default=0, help="of the first image")
     add("--nfe", type=checked(int, lambda n: n > 0 and n % 2, "odd number > 0"), default=1,
         help="evaluations: 1 is the generator; more, Heun's method with its teacher (EDM: 35)")

@@ -144,7 +144,7 @@ class CD(Neighbour):
 class CT(Neighbour):
     """Improved consistency training (Song and Dhariwal 2024), from scratch:
     d(f(x_0 + t eps, t) - f(x_0 + s eps, s)) / (t - s) [27]. The same eps makes an Euler step [20].
-    The second f is detached and has no EMA [42]; d is Pseudo-Huber [43] with the paper's c. t and s
+    The second f is detached and has no EMA [42]; d is Pseudo-Huber [43] with iCT's c. t and s
     are the ends of one step of the grid, drawn so that log t is about N(-1.1, 2^2). The grid has 10
     steps at first, and this number doubles seven times during the run."""
     def theta(self):

@@ -620,9 +620,9 @@ def load_generator(path, build, device="meta"):
 
 def load_frozen(build, net_args, state, device="meta"):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
-    FROZEN: every teacher comes from here, so that no teacher's weight ever gets a gradient. On the
-    meta device nothing is allocated for a file that declares more than it holds. UserError unless
-    names and shapes fit and all is finite."""
+    FROZEN: a teacher from a file comes from here, so that none of its weights gets a gradient.
+    On the meta device nothing is allocated for a file that declares more than it holds.
+    UserError unless names and shapes fit and all is finite."""
     with torch.device(device):
         net = build(**net_args)
     shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
-                    dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm, load_generator,
-                    make_generator_loss, make_parser, micro_batches, one_line_errors, p_edm,
-                    p_karras, parse_distance, pick_device, progress, reading, sample_path, save,
-                    save_picture, seed_step, sim_loss, train_only, update)
+                    draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
+                    load_generator, make_generator_loss, make_parser, micro_batches,
+                    one_line_errors, p_edm, parse_distance, pick_device, progress, reading,
+                    sample_path, save, save_picture, seed_step, sim_loss, train_only, update)
 
 import numpy as np
 import torch
@@ -144,20 +144,22 @@ def theorem_error(t, process, space, distance, dim, nodes, loss=sim_loss):
     g_of_z = g(z)
     points = g_of_z.detach().requires_grad_()
     mixtures = Mixture(points, 0.0), Mixture(points.detach(), 0.0), teacher
-    student, frozen_student, teacher = [getattr(mixture, space) for mixture in mixtures]
-    left, right = torch.zeros_like(points), torch.zeros_like(points)
+    student, frozen_student, teacher = [
+        mixture.denoiser if space == "denoiser" else mixture.score for mixture in mixtures]
+    left_at_points, right_at_points = torch.zeros_like(points), torch.zeros_like(points)
     for x_0 in points:
         x_t = (a * x_0 + s * eps).detach()  # in (3.5) theta moves the score, and not the x_t
         divergence = weights @ distance.d(student(x_t, s, a) - teacher(x_t, s, a))
-        left += torch.autograd.grad(divergence, points)[0]
+        left_at_points += torch.autograd.grad(divergence, points)[0]
         x_0 = x_0.expand_as(eps)
         if space == "denoiser":
             values, _ = loss(frozen_student, teacher, x_0, s, distance, eps)
         else:
             values, _ = sim_loss_score(frozen_student, teacher, x_0, a, s, distance, eps)
-        right += torch.autograd.grad(weights @ values, points)[0]
+        right_at_points += torch.autograd.grad(weights @ values, points)[0]
     to_weights = partial(torch.autograd.grad, g_of_z, list(g.parameters()), retain_graph=True)
-    left, right = [nn.utils.parameters_to_vector(to_weights(side)) for side in (left, right)]
+    left, right = [nn.utils.parameters_to_vector(to_weights(at_points))
+                   for at_points in (left_at_points, right_at_points)]
     return ((left - right).norm() / left.norm()).item()
 
 
@@ -240,12 +242,7 @@ def draw_batch(args, device, phase, random):
     """An update's micro-batches [(z, t, eps, cond)], for phase "psi" or "theta". cond is empty."""
     where, column = {"device": device, "generator": random}, (args.batch, 1)
     z, eps = [torch.randn(args.batch, 2, **where) for _ in range(2)]
-    if phase == "psi":
-        t = p_edm(column, args.psi_mean, args.psi_std, **where)  # (B.6)
-    elif args.p_theta == "karras":
-        t = p_karras(column, **where)  # (B.8)
-    else:
-        t = p_edm(column, args.p_mean, args.p_std, **where)  # (B.10)
+    t = draw_times(args, phase, column, **where)
     return micro_batches((args.t_star * z, t, eps, eps[:, :0]), args.batch_gpu)
 
 
@@ -378,14 +375,13 @@ def summarise(run, mixture, d_q, student, n=10_000, sets=8):
     samples = {"data": exact, "teacher, 35 evaluations": teacher,
                "generator": [student(normal()) for _ in range(sets)]}
     results = {name: measure(group, exact, mixture) for name, group in samples.items()}
-    figures = results["generator"]
-    figures |= {f"{key}_teacher": v for key, v in results["teacher, 35 evaluations"].items()}
+    figures = {f"{key}_teacher": v for key, v in results["teacher, 35 evaluations"].items()}
     figures |= {f"{key}_exact": v for key, v in results["data"].items()}
     panels = [np.array(panel(mixture, group[0], name)) for name, group in samples.items()]
     save_picture(Image.fromarray(np.hstack(panels)), run.folder / "samples.png")
     frames = [Image.open(path) for path in sorted((run.folder / "samples").glob("[0-9]*.png"))]
     save_picture(frames[0], run.folder / "animation.gif", frames[1:])
-    seconds = run.finish(**figures)["seconds"]
+    seconds = run.finish(**results["generator"], **figures)["seconds"]
     print(f"{seconds:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for name, r in results.items():
         low, high = min(r["mode_shares"]), max(r["mode_shares"])

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 
 from common import (EDMPrecond, Run, UserError, batch_sum, checked, distance_to_truth,
-                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid,
-                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
-                    micro_batches, one_line_errors, p_edm, p_karras, parse_distance, pick_device,
+                    draw_latents, draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, fetch,
+                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
+                    make_parser, micro_batches, one_line_errors, parse_distance, pick_device,
                     reading, require, sample_path, save_picture, seed_step, sha256, to_uint8,
                     train_only, update, write_samples)
 
@@ -408,10 +408,11 @@ def truth_distance(teacher, images, meta):
 
 
 def picture(columns, rows=10):
-    """Sets of images (N, C, H, W), N a multiple of rows, beside each other and enlarged to about
-    480 pixels in height. -> a Pillow image"""
-    rgb = [x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3] for x in columns]
-    blocks = [image_grid(to_uint8(x), len(x) // rows) for x in rgb]
+    """Sets of images (N, C, H, W) beside each other, enlarged to about 480 pixels in height. White
+    images fill the last row. -> a Pillow image"""
+    white = -len(columns[0]) % rows
+    filled = [torch.cat([x, x.new_ones(white, *x.shape[1:])]) for x in columns]
+    blocks = [image_grid(to_uint8(x), len(x) // rows) for x in filled]
     gap, zoom = 4, max(1, 480 // blocks[0].height)
     wide = Image.new("RGB", (sum(b.width + gap for b in blocks) - gap, blocks[0].height), "white")
     for i, block in enumerate(blocks):
@@ -426,12 +427,7 @@ def draw_batch(args, d_q, phase, random):
     where = {"device": random.device, "generator": random}
     shape, column = (args.batch, *d_q.image_shape), (args.batch, 1, 1, 1)
     z, eps = [torch.randn(shape, **where) for _ in range(2)]
-    if phase == "psi":
-        t = p_edm(column, args.psi_mean, args.psi_std, **where)  # (B.6)
-    elif args.p_theta == "karras":
-        t = p_karras(column, **where)  # (B.8)
-    else:
-        t = p_edm(column, args.p_mean, args.p_std, **where)  # (B.10)
+    t = draw_times(args, phase, column, **where)
     labels = z.new_zeros(args.batch, d_q.label_dim)
     if d_q.label_dim:
         labels.scatter_(1, torch.randint(d_q.label_dim, (args.batch, 1), **where), 1)
@@ -556,13 +552,13 @@ def sample(args, device):
         d_q = load_teacher(name)[0].to(device)
         require((d_q.image_shape, d_q.label_dim) == (g.image_shape, g.label_dim),
                 f"--teacher {name} has other images or classes than {args.sample}")
+    out = sample_path(args, args.sample)
+    if args.teacher_sample:
         sets["teacher"] = sample_teacher(d_q, z, labels)
     sets["one_step"] = sample_one_step(g.to(device), args.t_star or t_star, z, labels)
-    out, rows = sample_path(args, args.sample), math.ceil(args.n**0.5)
-    white = -args.n % rows  # white images fill the last row
-    fill = lambda x: torch.cat([x, x.new_ones(white, *x.shape[1:])])
-    write_samples(out, sets, lambda: picture([fill(x) for x in sets.values()], rows), args.seed,
-                  labels=labels.argmax(1).cpu() if labels.shape[1] else [])
+    draw = partial(picture, [*sets.values()], rows=math.ceil(args.n**0.5))
+    numbers = labels.argmax(1).cpu() if g.label_dim else []
+    write_samples(out, sets, draw, args.seed, labels=numbers)
     print(f"{args.n} images ({' | '.join(sets)}): {out}")
 
 

@@ -805,10 +805,11 @@ def sample(args, device):
         guided = Guided(d_q, guidance if args.guidance is None else args.guidance, blank)
         sets["teacher"] = sample_teacher(guided, z, *cond, args.teacher_steps, args.solver)
     sets["one_step"] = sample_one_step(g, args.t_star or t_star, z, *cond)
-    sets, single = {name: pipeline.decode(x) for name, x in sets.items()}, len(texts) == 1
-    write_samples(out, sets, lambda: (sheet(sets["one_step"]) if single and len(sets) == 1 else
-                                      captioned([*sets.values()], texts)),
-                  args.seed, texts)
+    sets = {name: pipeline.decode(x).cpu() for name, x in sets.items()}
+    draw = partial(captioned, [*sets.values()], texts)
+    if len(texts) == len(sets) == 1:  # a single image needs no caption
+        draw = partial(sheet, sets["one_step"])
+    write_samples(out, sets, draw, args.seed, texts)
     print(f"{len(texts)} images ({' above '.join(sets)}): {out}")
 
 

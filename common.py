@@ -157,6 +157,15 @@ def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
     return (sigma_max**(1 / rho) + (1 - r) * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
 
 
+def draw_times(args, phase, shape, **where):
+    """An update's noise levels, for phase "psi" or "theta", by the options of the stages."""
+    if phase == "psi":
+        return p_edm(shape, args.psi_mean, args.psi_std, **where)  # (B.6)
+    if args.p_theta == "karras":
+        return p_karras(shape, **where)  # (B.8)
+    return p_edm(shape, args.p_mean, args.p_std, **where)  # (B.10)
+
+
 def lambda_edm(t, sigma_data=0.5):
     """EDM's weight of the denoising loss, (t^2 + sigma_data^2) / (t sigma_data)^2, (B.7)."""
     return (t**2 + sigma_data**2) / (t * sigma_data)**2
@@ -175,7 +184,8 @@ def sidwgt(x_0, q):
 WEIGHTS = {f.__name__: f for f in (nowgt, sidwgt)}
 
 
-# ---- Losses. They detach nothing: whose weights are frozen is decided by train_only ----
+# ---- Losses ----
+# In SIM's loss and in SiD's no gradient is stopped. train_only decides whose weights are frozen.
 def diffuse(x_0, t, eps=None):
     """x_t of x_0's shape; eps is fresh standard normal noise unless given."""
     return x_0 + t * (torch.randn_like(x_0) if eps is None else eps)  # (B.12)
@@ -338,7 +348,7 @@ def train_only(net, frozen):
 
 
 def update(optimiser, lr):
-    """One step from the gradients that the micro-batches and, under torchrun, all ranks add up."""
+    """Under torchrun the gradients are summed over all ranks. Then the optimiser takes one step."""
     optimiser.param_groups[0]["lr"] = lr
     for w in optimiser.param_groups[0]["params"]:
         if dist.is_initialized() and w.grad is not None:
@@ -463,8 +473,8 @@ def one_line_errors(main):
 
 @contextmanager
 def reading(path, expected):
-    """What a damaged or foreign file makes its reader raise becomes a UserError. Only code that
-    reads and checks a file stands in such a block: other mistakes of ours keep their traceback."""
+    """An error while a file is read becomes a UserError, since the file is damaged or foreign. Only
+    code that reads and checks a file stands in such a block: other errors keep their traceback."""
     try:
         yield
     except Exception as error:
@@ -728,9 +738,9 @@ class Run:
     def finish(self, **figures):
         """Write metrics.json, as the last file: a run that has this file is finished. -> what
         metrics.json says: which run it was, how long it took, and its figures."""
-        names = ("method", "distance", "teacher", "seed", "steps", "batch")
-        last = {name: self.lines()[-1][name] for name in ("seconds", "images_s")}
-        metrics = {name: vars(self.args)[name] for name in names} | self.facts | last | figures
+        names, last = ("method", "distance", "teacher", "seed", "steps", "batch"), self.lines()[-1]
+        metrics = {name: vars(self.args)[name] for name in names} | self.facts
+        metrics |= {name: last[name] for name in ("seconds", "images_s")} | figures
         save(metrics, self.folder / "metrics.json")
         return metrics
 
@@ -854,7 +864,9 @@ def to_uint8(x):
 
 
 def image_grid(images, columns=1):
-    """uint8 (N, 3, H, W) -> a Pillow image, row by row; what is left of the last row is black."""
+    """uint8 (N, C, H, W) -> a Pillow image, row by row. What is left of the last row is black. One
+    channel is shown as grey, and of more than three only the first three are shown."""
+    images = images[:, :3].expand(-1, 3, -1, -1)
     images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
     grid = rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns)
     return Image.fromarray(grid.cpu().numpy())
@@ -876,27 +888,28 @@ def sample_path(args, run):
             f"--out {out}: expected .png (a picture), .npz (an array) or a folder (of PNGs)")
     require(out.suffix or not out.exists() or not any(out.iterdir()),
             f"--out {out} exists and is not empty: name another folder")
-    with writing(out):
+    with writing(out):  # before the images are drawn: a place that is no use is refused early
         (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     return out
 
 
 def write_samples(out, sets, picture, seed, texts=(), **more):
-    """Sets {name: images (N, C, H, W)}, where sample_path says: as picture(), a .png; as arrays in
-    an .npz, with `more` of them; or as PNGs in a folder, named by the seed of each image, and the
-    texts in prompts.txt. Each of several sets has its own folder."""
-    pixels = {name: to_uint8(images).cpu() for name, images in sets.items()}
+    """Write sets {name: images (N, C, H, W)} to `out`, which sample_path chose. A .png holds
+    picture(), which draws all sets. An .npz holds the sets and `more` as arrays. A folder holds
+    PNGs, each named by the seed of its image, and the texts in prompts.txt; if there are several
+    sets, each has a folder of its own."""
     if out.suffix == ".png":
-        save_picture(picture(), out)
-    elif out.suffix == ".npz":
+        return save_picture(picture(), out)
+    pixels = {name: to_uint8(images).cpu() for name, images in sets.items()}
+    if out.suffix == ".npz":
         arrays = {name: rearrange(x, "n c h w -> n h w c") for name, x in pixels.items()}
         with atomic(out) as temporary:
             np.savez(temporary, **arrays, **more)
     else:
         for name, x in pixels.items():
             folder = out / name if len(sets) > 1 else out
-            for k, image in enumerate(x[:, :3].expand(-1, 3, -1, -1)):
+            for k, image in enumerate(x):
                 save_picture(image_grid(image[None]), folder / f"{seed + k:06}.png")
-            if texts:
+            if texts:  # lab/scores.py reads them
                 with atomic(folder / "prompts.txt") as temporary:
                     temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts))

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (Run, atomic, batch_sum, count, di_loss, diffuse, dsm_loss, edm_sampler,
-                    ema_beta, ema_update, heun, l2, load_generator, make_parser, nowgt,
-                    one_line_errors, p_edm, p_karras, phuber, pick_device, rank_and_ranks, reading,
+from common import (Run, atomic, batch_sum, count, di_loss, diffuse, draw_times, dsm_loss,
+                    edm_sampler, ema_beta, ema_update, heun, l2, load_generator, make_parser,
+                    nowgt, one_line_errors, p_edm, phuber, pick_device, rank_and_ranks, reading,
                     require, sampling_times, seed_step, sid_loss, sidwgt, sim_loss, train_only,
                     update)
 
@@ -104,9 +104,7 @@ class Neighbour:
 
     def time(self):
         """The noise levels (B, 1) of stage 1's updates of g."""
-        if self.args.p_theta == "karras":
-            return p_karras((self.args.batch, 1), **self.where)
-        return p_edm((self.args.batch, 1), self.args.p_mean, self.args.p_std, **self.where)
+        return draw_times(self.args, "theta", (self.args.batch, 1), **self.where)
 
     def generate(self, z):
         return toy.one_step(self.g, z, self.args.t_star)

@@ -133,6 +133,15 @@ def loss_theta(s, f, q, x_0):
         "d_backpropagated": lambda: distance.d(y)}[s.method]()
 
 
+def times_by_hand(s, phase, column, random):
+    """(B.6) for psi; (B.8), in SiD's form, or (B.10) for theta. -> t, of shape `column`"""
+    if phase == "theta" and s.p_theta == "karras":
+        low, high = 0.002**(1 / 7), 80**(1 / 7)
+        return (high + (1 - 0.8 * torch.rand(column, generator=random)) * (low - high))**7
+    mean, std = (s.psi_mean, s.psi_std) if phase == "psi" else (s.p_mean, s.p_std)
+    return (mean + std * torch.randn(column, generator=random)).exp()
+
+
 def algorithm_2(start, d_q, shape, classes=0, **settings):
     """-> what `trained` returns of a run with these settings, which starts from the net `start`."""
     s, gradients = SimpleNamespace(**settings), [None, None]
@@ -147,13 +156,7 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
         draw = lambda *size, random=random: torch.randn(size, generator=random)
         for phase in ["psi"] * s.psi_updates + ["theta"]:
             z, eps, column = draw(batch, *shape), draw(batch, *shape), (batch, *[1] * len(shape))
-            if phase == "psi":
-                t = (s.psi_mean + s.psi_std * draw(*column)).exp()
-            elif s.p_theta == "karras":
-                low, high = 0.002**(1 / 7), 80**(1 / 7)
-                t = (high + (1 - 0.8 * torch.rand(column, generator=random)) * (low - high))**7
-            else:
-                t = (s.p_mean + s.p_std * draw(*column)).exp()
+            t = times_by_hand(s, phase, column, random)
             c = ()
             if classes:
                 c = (torch.eye(classes)[torch.randint(classes, (batch,), generator=random)],)

@@ -155,8 +155,9 @@ def module(weights=(), **modules):
     return {"_parameters": dict(weights), "_buffers": {}, "_modules": modules}
 
 
-WEIGHTS = edm.make_unet(**TINY).state_dict()
-STORED = {name: tensor(w) for name, w in WEIGHTS.items()}
+torch.manual_seed(0)
+HONEST = edm.make_unet(**TINY).state_dict()
+STORED = {name: tensor(w) for name, w in HONEST.items()}
 
 
 def checkpoint(change=(), args=(), class_name="EDMPrecond", tree=None, **beside):
@@ -190,7 +191,7 @@ def hostile():
     for _ in range(60):
         many = module(a=many, b=many)
     doubled = b"".join(b"h" + bytes([i, ord("h"), i]) + b"\x86\x94" for i in range(60))
-    files = {
+    return {
         "system": pickled({"ema": Call(os.system, touch)}),
         "eval": pickled({"ema": Call(eval, write)}),
         "partial": pickled({"ema": Call(__import__("functools").partial, os.system, touch)}),
@@ -220,6 +221,11 @@ def hostile():
         "superfluous": checkpoint({"more": tensor(kernel)}), "missing": checkpoint(tree=module()),
         "not finite": checkpoint({conv: tensor(kernel / 0)}),
         "another class": checkpoint(class_name="VPPrecond")}
+
+
+def altered():
+    """-> {what was altered in a checkpoint, or cut off: its bytes}"""
+    files = {}
     for name, value in (("model_channels", 2048), ("num_blocks", 10**9), ("img_resolution", "8"),
                         ("channel_mult", [1] * 10**6), ("code", 1), ("sigma_data", 1.0),
                         ("model_type", "DhariwalUNet")):
@@ -235,7 +241,7 @@ def hostile():
     return files | {name: PKL.read_bytes()[:length] for name, length in cuts.items()}
 
 
-HOSTILE = hostile()
+HOSTILE = hostile() | altered()
 
 
 def peak_mib(reset=False):
@@ -263,7 +269,7 @@ def test_hostile_pickles(name, tmp_path, monkeypatch, capfd):
 def test_honest_and_other_files(tmp_path):
     (tmp_path / "x.pkl").write_bytes(checkpoint(beside=1))
     net = edm.load_edm_pickle(tmp_path / "x.pkl")
-    assert all(torch.equal(w, WEIGHTS[name]) for name, w in net.state_dict().items())
+    assert all(torch.equal(w, HONEST[name]) for name, w in net.state_dict().items())
     assert not any(w.requires_grad for w in net.parameters()) and not net.training
     torch.save({"ema": torch.ones(3)}, tmp_path / "zip.pkl")
     for path in (tmp_path / "zip.pkl", tmp_path / "missing.pkl", tmp_path):

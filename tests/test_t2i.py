@@ -564,8 +564,9 @@ def test_a_run_leaves_what_it_should(whole):
               "p_std": 2.0, "truncate": "clamp", "weight_psi": "one", "preset": "paper"}
     assert wanted.items() <= args.items() and args["teacher_sha256"] == common.sha256(RELEASE)
     assert len(args["prompts_sha256"]) == 64 and args["vae"] == str(PIXART / "vae")
-    assert metrics.keys() >= {"method", "distance", "guidance", "seed", "steps", "batch", "seconds",
-                              "images_s", "teacher", "one step"}
+    assert metrics.keys() == {"method", "distance", "guidance", "seed", "steps", "batch", "seconds",
+                              "images_s", "teacher", "one step", "teacher_sha256", "t5", "vae",
+                              "prompts_sha256"}
     assert metrics["one step"].keys() == {"ms_image", "steps"} == metrics["teacher"].keys()
     line = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 3 and line["divergence"] > 0 and line["images_s"] > 0

@@ -17,9 +17,9 @@ from functools import partial
 
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
                     draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
-                    load_generator, make_generator_loss, make_parser, micro_batches,
-                    one_line_errors, p_edm, parse_distance, pick_device, progress, reading,
-                    sample_path, save, save_picture, seed_step, sim_loss, train_only, update)
+                    load_generator, make_generator_loss, make_parser, make_parts, micro_batches,
+                    one_line_errors, p_edm, pick_device, progress, reading, sample_path, save,
+                    save_picture, seed_step, sim_loss, train_only, update)
 
 import numpy as np
 import torch
@@ -229,13 +229,10 @@ def pretrain(args, net, mixture, loss_of=denoising_loss):
 
 def prepare(args, folder, net, net_args=None, **facts):
     """-> the run, new or as ckpt.pt has it. g and d_psi are copies of net, to be pretrained."""
-    d_psi, g, g_ema, learned = [copy.deepcopy(net) for _ in range(4)]
-    for frozen in (g_ema, learned):
-        frozen.eval().requires_grad_(False)
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.999), fused=True)  # Table 5
-    return Run(args, folder, {"mixture": args.mixture, **facts}, g_ema, net_args or {},
-               d_psi=d_psi, g=g, g_ema=g_ema, opt_psi=adam(d_psi.parameters()),
-               opt_theta=adam(g.parameters()), learned=learned)
+    parts = make_parts(net)
+    learned = copy.deepcopy(net).eval().requires_grad_(False)
+    return Run(args, folder, {"mixture": args.mixture, **facts}, parts["g_ema"], net_args or {},
+               **parts, learned=learned)
 
 
 def draw_batch(args, device, phase, random):
@@ -249,9 +246,7 @@ def draw_batch(args, device, phase, random):
 def train(args, d_q, run, evaluate):
     """Algorithm 2. d_q is frozen; d_psi and g started as copies of the pretrained denoiser."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
-    _, distance = parse_distance(args.distance)
-    generator_loss = (partial(WRONG[args.method], distance=distance) if args.method in WRONG else
-                      make_generator_loss(args, distance))
+    generator_loss, distance = make_generator_loss(args, WRONG)
     weight_psi, device = lambda_edm, next(g.parameters()).device
     draw = partial(draw_batch, args, device)
     bind = lambda denoiser, cond: denoiser  # -> (x_t, t) -> denoised; points have no condition

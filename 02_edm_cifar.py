@@ -1,14 +1,13 @@
 """Stage 2: an EDM diffusion model of images, 35 evaluations an image, becomes a one-step generator.
 
-    python 02_edm_cifar.py --distance phuber                six minutes on two cores: drawn shapes
+    python 02_edm_cifar.py --distance phuber                nine minutes on two cores: Fashion-MNIST
     python 02_edm_cifar.py --teacher uncond --batch-gpu 32  CIFAR-10, the settings of Table 5
     torchrun --standalone --nproc_per_node=8 02_edm_cifar.py --teacher uncond --batch-gpu 32
-    python 02_edm_cifar.py --sample runs/shapes-sim-phuber-0 --n 64 --teacher-sample
+    python 02_edm_cifar.py --sample runs/fashion-sim-phuber-0 --n 64 --teacher-sample
 
 The lines of Algorithm 2 are those of 01_toy_2d.py; the network, the teacher and the shape of the
-data differ. Expect shapes of the right class, and about the teacher's Frechet distance.
+data differ. Expect pictures of the right kind of garment: a classifier, called the judge, counts.
 """
-import copy
 import importlib
 import io
 import math
@@ -16,12 +15,12 @@ import pickle
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, UserError, batch_sum, checked, distance_to_truth,
+from common import (EDMPrecond, Run, as_denoiser, batch_sum, checked, distance_to_truth,
                     draw_latents, draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, fetch,
                     image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
-                    make_parser, micro_batches, one_line_errors, parse_distance, pick_device,
-                    reading, require, sample_path, save_picture, seed_step, sha256, to_uint8,
-                    train_only, update, write_samples)
+                    make_parser, make_parts, micro_batches, one_line_errors, pick_device, reading,
+                    require, sample_path, save_picture, seed_step, sha256, to_uint8, train_only,
+                    update, write_samples)
 
 import numpy as np
 import torch
@@ -39,18 +38,19 @@ PAPER = {  # Table 5, (B.5)-(B.10); the paper leaves steps, EMA, dropout and eps
 PRESETS = {
     "paper": PAPER,
     "sid": PAPER | {"method": "sid", "sid_alpha": 1.2, "p_theta": "karras"},  # SiD's code
-    "shapes": PAPER | {  # measured: images this small need more of the large noise levels
-        "steps": 900, "batch": 32, "lr": 4e-4, "anneal": "linear", "t_star": 5.0, "p_mean": 0.0,
+    "fashion": PAPER | {  # measured: images this small need more of the large noise levels
+        "steps": 450, "batch": 16, "lr": 4e-4, "anneal": "linear", "t_star": 5.0, "p_mean": 0.0,
         "p_std": 1.6, "psi_mean": 0.0, "psi_std": 1.6, "ema_half_life": 2e3, "dropout": 0.0,
         "save_every": 100, "log_every": 10}}
-SHAPES = Path(__file__).parent / "assets" / "shapes_teacher.pt"  # lab/teachers.py made this file
+FASHION, JUDGE = [Path(__file__).parent / "assets" / f"fashion_{name}.pt"
+                  for name in ("teacher", "judge")]  # lab/teachers.py made both
+LOOK, FINAL = 500, 10_000  # generated images that the judge sees at a look, and at the end
 VP = {"img_resolution": 32, "augment_dim": 9, "dropout": 0.13}
 VE = VP | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual",
            "resample_filter": [1, 3, 3, 1]}
 CIFAR = {"uncond": VP, "cond": VP | {"label_dim": 10},
          "uncond-ve": VE, "cond-ve": VE | {"label_dim": 10}}
 URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-{}.pkl"  # NVIDIA's files
-FD_IMAGES = 2000  # generated images in the Frechet distance that is logged
 
 
 # ---- The network: EDM's names for everything, so that its checkpoints fit ----
@@ -307,17 +307,73 @@ def load_edm_pickle(path):
         return load_frozen(make_unet, args, weights)
 
 
+# ---- The judge: a classifier, which no teacher and no generator has learned from ----
+class Judge(nn.Module):
+    """Images, uint8 (B, channels, side, side) -> features (B, 4 width), logits (B, classes)."""
+    def __init__(self, channels, side, classes, width=24):
+        super().__init__()
+
+        def layer(c_in, c_out, pool):
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+            return conv, nn.MaxPool2d(pool), group_norm(c_out), nn.SiLU()
+
+        self.body = nn.Sequential(
+            *layer(channels, width, 2), *layer(width, 2 * width, 2),
+            *layer(2 * width, 4 * width, 1), *layer(4 * width, 16, 1), nn.Flatten(),
+            nn.Dropout(0.3), nn.Linear(16 * (side // 4)**2, 4 * width), nn.SiLU())
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, images):
+        features = self.body(images / 127.5 - 1)
+        return features, self.head(features)
+
+
+def load_judge(path, image_shape):
+    """-> a Judge, frozen. judge.meta has the moments mu and sigma of the features of true images,
+    and judge.meta["floor"] the figures of other true images. UserError for another file, or for a
+    judge of images that are not (C, H, W) = image_shape."""
+    with reading(path, f"a judge of images {tuple(image_shape)}, made by lab/teachers.py"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        judge = load_frozen(Judge, saved["net_args"], saved["state_dict"])
+        judge.meta, judge.sha256 = dict(saved["meta"]), sha256(path)
+        net_args, d = saved["net_args"], judge.head.in_features
+        of = (net_args["channels"], net_args["side"], net_args["side"])
+        require(of == tuple(image_shape), f"a judge of images {of}")
+        require(judge.meta["mu"].shape == (d,) and judge.meta["sigma"].shape == (d, d) and
+                "fd_floor" in judge.meta["floor"], "without the moments of true images")
+    return judge
+
+
+@torch.no_grad()
+def grade(judge, images, labels, batch=500):
+    """Images (N, C, H, W) and the classes that were asked for, one-hot labels (N, classes) -> "fd",
+    the Frechet distance to true images in the judge's features, which is not FID, and
+    "class_accuracy", the share of images in which the judge sees that class."""
+    features, logits = [torch.cat(v).cpu() for v in zip(*map(judge, to_uint8(images).split(batch)))]
+    figures = {"fd": distance_to_truth(features, judge.meta)}
+    if labels.shape[1] == logits.shape[1]:
+        right = logits.argmax(1) == labels.argmax(1).cpu()
+        figures["class_accuracy"] = right.double().mean().item()
+    return figures
+
+
 # ---- Teachers ----
-def load_denoiser(path, own_teacher=""):
+def load_denoiser(path, teacher=None):
     """NVIDIA's .pkl, a .pt of ours, or a run's folder -> net (frozen, on the CPU), t_star, meta.
-    The network of a run with a teacher of the user's own is built by that teacher's function."""
+    The network of a run whose teacher is the user's own is built by `teacher`, module:function."""
     if str(path).endswith(".pkl") and Path(path).is_file():
         return load_edm_pickle(path), PAPER["t_star"], {}  # t*: that of SiD's generators
 
+    given = teacher if teacher and ":" in teacher else None
+
     def build(own=None, **net_args):
-        require(not own or own_teacher, f"the network is that of --teacher {own}: add this option")
-        return import_teacher(own_teacher) if own else make_unet(**net_args)
-    return load_generator(path, build, "cpu" if own_teacher else "meta")
+        require(not own or given, f"the network is that of --teacher {own}: add this option")
+        return import_teacher(given) if own else make_unet(**net_args)
+
+    net, t_star, meta = load_generator(path, build, "cpu" if given else "meta")
+    require(meta.get("teacher") != "shapes", f"{path} was distilled from version 1's drawn shapes, "
+            "which are no longer here: python 02_edm_cifar.py makes a new run, of Fashion-MNIST")
+    return net, t_star, meta
 
 
 def import_teacher(name):
@@ -329,24 +385,13 @@ def import_teacher(name):
         require(isinstance(net, nn.Module), f"a {type(net).__name__} is no torch module")
         require({w.dtype for w in net.parameters()} == {torch.float32}, "weights not in float32")
         require(len(net.image_shape) == 3 and net.label_dim >= 0, "its image_shape or label_dim")
-        x, labels = torch.zeros(1, *net.image_shape), torch.zeros(1, net.label_dim)
-        y = bind_labels(net.eval(), labels)(x, torch.ones(1, 1, 1, 1))
+        x = torch.zeros(1, *net.image_shape, requires_grad=True)
+        y = bind_labels(net.eval(), torch.zeros(1, net.label_dim))(x, torch.ones(1, 1, 1, 1))
         require(y.shape == x.shape, f"x {tuple(x.shape)} becomes {tuple(y.shape)}")
+        require(y.isfinite().all(), "its output is not finite")
+        require(y.requires_grad and torch.autograd.grad(y.sum(), x)[0].any(),
+                "no gradient flows from its output to its input")
     return net.requires_grad_(False)
-
-
-def choose_teacher(name, device):
-    """--teacher auto: CIFAR-10 if there is a GPU and the file can be had, else the embedded one."""
-    if name != "auto":
-        return name
-    try:
-        require(device.type == "cuda", "there is no GPU here")
-        fetch(URL.format("uncond-vp"))
-        return "uncond"
-    except UserError as error:
-        print(f"teacher: the embedded one, a model of 16x16 shapes, since {error}. For CIFAR-10: "
-              "--teacher uncond (223 MB to download, weeks on a GPU)")
-        return "shapes"
 
 
 def load_teacher(name):
@@ -354,11 +399,13 @@ def load_teacher(name):
     UserError if the teacher cannot be had; no other one takes its place."""
     if ":" in name:
         return import_teacher(name), {}, {"teacher": name}
-    path = Path(SHAPES if name == "shapes" else name)
+    path = Path(FASHION if name == "fashion" else name)
     if name in CIFAR:
         path = fetch(URL.format(name if "-" in name else f"{name}-vp"))
     path = path / "g_ema.pt" if path.is_dir() else path
-    require(path.exists(), f"--teacher {name}: no such file, and none of auto, shapes, "
+    require(name != "shapes" or path.exists(), "--teacher shapes: version 1's drawn shapes are no "
+            "longer here, and fashion took their place (lab/SHAPES.md)")
+    require(path.exists(), f"--teacher {name}: no such file, and none of fashion, "
             f"{', '.join(CIFAR)} or package.module:function")
     net, _, meta = load_denoiser(path)
     weights, digest = sum(w.numel() for w in net.parameters()), sha256(path)
@@ -366,15 +413,10 @@ def load_teacher(name):
     return net, meta, {"teacher": name, "teacher_sha256": digest}
 
 
-# ---- Samples, and their distance to true images ----
+# ---- Samples ----
 def bind_labels(net, labels, amp="none"):
     """(x_t, t) -> denoised, for one-hot labels (B, label_dim); under autocast if amp is bf16."""
-    cond = {"class_labels": labels} if labels.shape[1] else {}
-
-    def denoiser(x_t, t):
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
-            return net(x_t, t.expand(len(x_t), 1, 1, 1), **cond)
-    return denoiser
+    return as_denoiser(net, amp, **{"class_labels": labels} if labels.shape[1] else {})
 
 
 @torch.no_grad()
@@ -390,30 +432,13 @@ def sample_teacher(net, z, labels, num_steps=18, batch=500):
     return torch.cat([edm_sampler(bind_labels(net, c), z, num_steps) for z, c in pairs])
 
 
-@torch.no_grad()
-def teacher_features(net, images, t=0.2, batch=500):
-    """The deepest level of a SongUNet's encoder, for images (N, C, H, W) in [-1, 1] and no labels,
-    averaged over pixels: (N, D). At the noise level t = 0.2 the network has to see details."""
-    unet, features = net.model, []
-    for x in images.split(batch):
-        emb = unet.embed(x.new_full((1,), t).log() / 4, None, None, len(x))
-        features.append(unet.encode(x / (t**2 + net.sigma_data**2)**0.5, emb)[-1].mean((2, 3)))
-    return torch.cat(features)
-
-
-def truth_distance(teacher, images, meta):
-    """The Frechet distance to the true images whose moments are in the teacher's file, in the
-    teacher's own features. This number is not FID, which is taken in Inception's features."""
-    return distance_to_truth(teacher_features(teacher, images.clamp(-1, 1)).cpu(), meta)
-
-
 def picture(columns, rows=10):
-    """Sets of images (N, C, H, W) beside each other, enlarged to about 480 pixels in height. White
+    """Sets of images (N, C, H, W) beside each other, enlarged to about 600 pixels in height. White
     images fill the last row. -> a Pillow image"""
     white = -len(columns[0]) % rows
     filled = [torch.cat([x, x.new_ones(white, *x.shape[1:])]) for x in columns]
-    blocks = [image_grid(to_uint8(x), len(x) // rows) for x in filled]
-    gap, zoom = 4, max(1, 480 // blocks[0].height)
+    blocks = [image_grid(x, len(x) // rows) for x in filled]
+    gap, zoom = 4, max(1, 600 // blocks[0].height)
     wide = Image.new("RGB", (sum(b.width + gap for b in blocks) - gap, blocks[0].height), "white")
     for i, block in enumerate(blocks):
         wide.paste(block, (i * (block.width + gap), 0))
@@ -435,10 +460,9 @@ def draw_batch(args, d_q, phase, random):
 
 
 def train(args, d_q, run, evaluate):
-    """Algorithm 2. d_q is frozen (load_frozen); d_psi and g started as copies of d_q."""
+    """Algorithm 2. d_q is frozen (load_teacher); d_psi and g started as copies of d_q."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
-    _, distance = parse_distance(args.distance)
-    generator_loss = make_generator_loss(args, distance)
+    generator_loss, distance = make_generator_loss(args)
     weight_psi, device = lambda_edm, next(g.parameters()).device
     draw, bind = partial(draw_batch, args, d_q), partial(bind_labels, amp=args.amp)
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
@@ -476,60 +500,58 @@ def train(args, d_q, run, evaluate):
 
 def prepare(args, folder, d_q, facts):
     """-> the run, new or as ckpt.pt has it. g and d_psi start as copies of the teacher."""
-    d_psi, g, g_ema = [copy.deepcopy(d_q) for _ in range(3)]
-    for layer in [*d_psi.modules(), *g.modules()]:
+    parts = make_parts(d_q, args.adam_eps)
+    for layer in [*parts["d_psi"].modules(), *parts["g"].modules()]:
         if isinstance(layer, Block):
             layer.dropout = args.dropout
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)  # Table 5
     net_args = getattr(d_q, "net_args", {"own": facts["teacher"]})
-    return Run(args, folder, facts, g_ema, net_args, d_psi=d_psi, g=g, g_ema=g_ema,
-               opt_psi=adam(d_psi.parameters()), opt_theta=adam(g.parameters()))
+    return Run(args, folder, facts, parts["g_ema"], net_args, **parts)
 
 
-def distil(args, folder, d_q, meta, facts):
-    """Train, with looks at the generator; then teacher and one step side by side."""
-    run = prepare(args, folder, d_q, facts)
-    if run.finished():
-        return
+def distil(args, run, d_q, judge, known):
+    """Train, with looks at the generator; then teacher and one step side by side. `judge` may be
+    None; `known` is what the judge says of the teacher."""
     for net in (run.d_psi, run.g, d_q) if args.compile else ():
         net.compile()
     classes, shape, device = d_q.label_dim, d_q.image_shape, next(d_q.parameters()).device
     by_rows = [row % classes for row in range(10) for _ in range(8)] if classes else None
     shown = [v.to(device) for v in draw_latents(range(80), shape, classes, by_rows)]
-    tested = [v.to(device) for v in draw_latents(range(FD_IMAGES), shape, classes)]
+    one_step = partial(sample_one_step, run.g_ema, args.t_star)
+
+    def judged(n):
+        """What the judge, if there is one, says of n images."""
+        if judge is None:
+            return {}
+        z, labels = [v.to(device) for v in draw_latents(range(n), shape, classes)]
+        return grade(judge, one_step(z, labels), labels)
 
     def evaluate():
-        """A picture; of a teacher with stored moments the Frechet distance, and g_best.pt."""
-        one_step = partial(sample_one_step, run.g_ema, args.t_star)
+        """A picture; and with a judge figures, and g_best.pt."""
         save_picture(picture([one_step(*shown)]), run.folder / "samples" / f"{run.step:07}.png")
-        if "mu" not in meta:
-            return {}
-        fd = truth_distance(d_q, one_step(*tested), meta)
-        if fd < min([line["fd"] for line in run.lines() if "fd" in line], default=math.inf):
+        figures, before = judged(LOOK), [line["fd"] for line in run.lines() if "fd" in line]
+        if figures and figures["fd"] < min(before, default=math.inf):
             run.save_generator("g_best.pt")
-        return {"fd": fd}
+        return figures
 
     if run.step == 0 and run.is_first:
         run.write(**evaluate())
     train(args, d_q, run, evaluate)
     if run.is_first:
-        summarise(args, run, d_q, meta, shown)
+        sets = [sample_teacher(d_q, *shown), one_step(*shown)]
+        save_picture(picture(sets), run.folder / "samples.png")
+        summarise(run, judged(FINAL) | known)
 
 
-def summarise(args, run, d_q, meta, shown):
-    """samples.png, metrics.json, and what they say."""
-    sets = [sample_teacher(d_q, *shown), sample_one_step(run.g_ema, args.t_star, *shown)]
-    save_picture(picture(sets), run.folder / "samples.png")
-    fds, figures = [line["fd"] for line in run.lines() if "fd" in line], {}
-    if fds:
-        figures = {"fd": fds[-1], "fd_best": min(fds), "fd_teacher": meta["fd_teacher"],
-                   "fd_real": meta["fd_real"]}
-        print(f"Frechet distance in the teacher's features, {FD_IMAGES} images (it is not FID):\n"
-              f"  true images              {figures['fd_real']:.4f}\n"
-              f"  teacher, 35 evaluations  {figures['fd_teacher']:.4f}\n"
-              f"  one step                 {figures['fd']:.4f}, "
-              f"{figures['fd'] / figures['fd_teacher']:.2f} times the teacher's")
+def summarise(run, figures):
+    """metrics.json, and what it says."""
     metrics = run.finish(**figures)
+    if figures:
+        print(f"{metrics['n']} images".ljust(24), "FD-judge  class right (neither is FID)")
+        rows = {"true images": "_floor", "teacher, 35 evaluations": "_teacher", "one step": ""}
+        for name, of in rows.items():
+            fd, right = [metrics.get(key + of, math.nan) for key in ("fd", "class_accuracy")]
+            if math.isfinite(fd):
+                print(f"{name:24} {fd:8.3f}  {right:11.1%}")
     own = f" --teacher {metrics['teacher']}" if ":" in metrics["teacher"] else ""
     print(f"{metrics['seconds']:.0f} s; pictures: {run.folder}/samples.png (teacher | one step)\n"
           f"next: python 02_edm_cifar.py --sample {run.folder}{own} --n 64 --teacher-sample")
@@ -538,14 +560,14 @@ def summarise(args, run, d_q, meta, shown):
 # ---- Without training ----
 def sample(args, device):
     """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs."""
-    g, t_star, meta = load_denoiser(args.sample, args.teacher if ":" in args.teacher else "")
+    g, t_star, meta = load_denoiser(args.sample, args.teacher)
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     seeds, sets = range(args.seed, args.seed + args.n), {}
     latents = draw_latents(seeds, g.image_shape, g.label_dim, args.classes)
     z, labels = [v.to(device) for v in latents]
     if args.teacher_sample:
-        name = meta.get("teacher", "") if args.teacher == "auto" else args.teacher
+        name = args.teacher or meta.get("teacher", "")
         # A file may name a function of the user's, but only the command line has it imported.
         require(name and (":" not in name or args.teacher == name),
                 f"--teacher-sample: name the teacher of {args.sample} by --teacher")
@@ -569,11 +591,13 @@ def class_list(text):
 
 
 def stage_parser():
-    parser = make_parser(__doc__, images=True, **PRESETS["shapes"])
+    parser = make_parser(__doc__, images=True, **PRESETS["fashion"])
     add = parser.add_argument_group("stage 2").add_argument
-    add("--teacher", default="auto", help=f"auto, shapes (embedded), {', '.join(CIFAR)} (NVIDIA's "
-        "CIFAR-10), a .pkl or .pt file, a run, or package.module:function")
-    add("--preset", choices=PRESETS, help="the defaults of all other options: shapes with that "
+    add("--teacher", default="fashion", help=f"fashion (embedded), {', '.join(CIFAR)} (NVIDIA's "
+        "CIFAR-10, 223 MB to download), a .pkl or .pt file, a run, or package.module:function")
+    add("--judge", metavar="FILE", help="a classifier of lab/teachers.py, which says how good "
+        "samples are; fashion has its own")
+    add("--preset", choices=PRESETS, help="the defaults of all other options: fashion with that "
         "teacher, else paper (Table 5)")
     add("--p-theta", choices=("lognormal", "karras"), help="g's noise levels: (B.10) or (B.8)")
     add("--dropout", type=checked(float, lambda v: 0 <= v < 1, "number from 0 to below 1"),
@@ -589,17 +613,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device, args.tf32)
     if args.sample:
-        parser.set_defaults(t_star=None)  # the file's own
+        parser.set_defaults(t_star=None, teacher=None)  # the file's own
         return sample(parser.parse_args(argv), device)
-    teacher = choose_teacher(args.teacher, device)
-    preset = args.preset or ("shapes" if teacher == "shapes" else "paper")
+    preset = args.preset or ("fashion" if args.teacher == "fashion" else "paper")
     parser.set_defaults(**PRESETS[preset], preset=preset)
     args = parser.parse_args(argv)  # again, now that the defaults are known
-    d_q, meta, facts = load_teacher(teacher)
+    d_q, meta, facts = load_teacher(args.teacher)
     layout = torch.channels_last if args.amp == "bf16" else torch.preserve_format
     d_q = d_q.to(device, memory_format=layout)  # channels_last: the fastest bfloat16 convolutions
-    name = teacher.replace(":", ".") if ":" in teacher else Path(teacher).stem
-    distil(args, Run.default_folder(args, name), d_q, meta, facts)
+    judge, known = None, {}
+    if args.judge or args.teacher == "fashion":
+        judge = load_judge(args.judge or JUDGE, d_q.image_shape).to(device)
+        require(d_q.label_dim in (0, judge.head.out_features), f"the judge knows "
+                f"{judge.head.out_features} classes, the teacher {d_q.label_dim}")
+        known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
+        if meta.get("judge_sha256") == judge.sha256:  # this judge has seen this teacher's samples
+            known |= meta["judged"]
+    own = ":" in args.teacher  # module:function, and not the path of a file
+    name = args.teacher.replace(":", ".") if own else Path(args.teacher).stem
+    run = prepare(args, Run.default_folder(args, name), d_q, facts)
+    if not run.finished():
+        distil(args, run, d_q, judge, known)
 
 
 if __name__ == "__main__":

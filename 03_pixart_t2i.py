@@ -8,7 +8,6 @@ Algorithm 2 has the lines of 01_toy_2d.py; the teacher is guided. The miniature 
 with a small T5. Expect the shapes that captions name, at 3 times the teacher's Frechet distance.
 """
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -21,12 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, batch_sum, checked, count, distance_to_truth, dpm_solver,
-                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, image_grid,
-                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
-                    micro_batches, one_line_errors, p_edm, parse_distance, pick_device, progress,
-                    reading, require, sample_path, save_once, save_picture, seed_step, sha256,
-                    to_uint8, train_only, update, write_samples)
+from common import (EDMPrecond, Run, as_denoiser, batch_sum, checked, count, distance_to_truth,
+                    dpm_solver, draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update,
+                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
+                    make_parser, make_parts, micro_batches, one_line_errors, p_edm, pick_device,
+                    progress, reading, require, sample_path, save_once, save_picture, seed_step,
+                    sha256, train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -604,11 +603,8 @@ class Guided(nn.Module):
 
 # ---- Samples, and how good they are ----
 def bind_caption(net, cond, amp="none"):
-    """(x_t, t) -> denoised, for this caption and mask, in x_t's dtype; autocast if amp is bf16."""
-    def denoiser(x_t, t):
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
-            return net(x_t, t.expand(len(x_t), 1, 1, 1), *cond).to(x_t.dtype)
-    return denoiser
+    """(x_t, t) -> denoised, for this caption and mask; under autocast if amp is bf16."""
+    return as_denoiser(net, amp, *cond)
 
 
 def in_batches(solve, net, z, caption, mask, batch=100):
@@ -654,7 +650,7 @@ class Judge:
 
 def sheet(images, columns=1):
     """Images (N, 3, H, W) row by row, small ones enlarged to about 110 pixels. -> a Pillow image"""
-    grid, zoom = image_grid(to_uint8(images), columns), max(1, 110 // images.shape[-1])
+    grid, zoom = image_grid(images, columns), max(1, 110 // images.shape[-1])
     return grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
 
 
@@ -689,8 +685,7 @@ def draw_batch(args, d_q, captions, phase, random):
 def train(args, d_q, captions, run, evaluate):
     """Algorithm 2. d_q is guided and frozen (load_frozen); d_psi and g started without guidance."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
-    _, distance = parse_distance(args.distance)
-    generator_loss = make_generator_loss(args, distance)
+    generator_loss, distance = make_generator_loss(args)
     weight_psi = lambda_edm if args.weight_psi == "edm" else torch.ones_like
     draw, bind = partial(draw_batch, args, d_q, captions), partial(bind_caption, amp=args.amp)
     device = next(g.parameters()).device
@@ -729,14 +724,12 @@ def train(args, d_q, captions, run, evaluate):
 
 def prepare(args, folder, pipeline, facts):
     """-> the run. g and d_psi start as the teacher, unguided. A miniature's g_ema.pt has its T5."""
-    d_psi, g, g_ema = [copy.deepcopy(pipeline.net) for _ in range(3)]
-    generator, net_args = g_ema, g_ema.model.net_args
+    parts = make_parts(pipeline.net, args.adam_eps)
+    generator, net_args = parts["g_ema"], pipeline.net.model.net_args
     if isinstance(pipeline, Miniature):
-        generator = nn.ModuleDict({"net": g_ema, "text": pipeline.text})
+        generator = nn.ModuleDict({"net": generator, "text": pipeline.text})
         net_args = pipeline.net_args
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.999), eps=args.adam_eps, fused=True)  # B.3
-    return Run(args, folder, facts, generator, net_args, d_psi=d_psi, g=g, g_ema=g_ema,
-               opt_psi=adam(d_psi.parameters()), opt_theta=adam(g.parameters()))
+    return Run(args, folder, facts, generator, net_args, **parts)
 
 
 def distil(args, run, d_q, captions, judge):
@@ -762,13 +755,13 @@ def summarise(args, run, d_q, judge):
     """samples.png, metrics.json, and what they say: the paper's Table 3 in miniature."""
     above, figures = judge(partial(sample_teacher, d_q, num_steps=14))
     below, figures_of_g = judge(partial(sample_one_step, run.g_ema, args.t_star))
-    rows = {"teacher": figures | {"steps": 14}, "one step": figures_of_g | {"steps": 1}}
+    rows = {"teacher, 14 steps": figures, "one step": figures_of_g}
     if "fd_real" in judge.meta:
         rows = {"true images": {"fd": judge.meta["fd_real"]}} | rows
     save_picture(captioned([above, below], judge.prompts[:20]), run.folder / "samples.png")
     seconds = run.finish(**rows)["seconds"]
     for name, row in rows.items():
-        print(f"{name:12}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
+        print(f"{name:18}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
     prompt = shlex.quote(judge.prompts[0])
     print(f"{seconds:.0f} s; {run.folder}/samples.png: the teacher above one step\n"
           f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {prompt}")

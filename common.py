@@ -7,6 +7,7 @@ any rank; a time t is (B, 1, ..., 1), to broadcast against x; a loss is (B,). A 
 function (x_t, t) -> denoised of x_t's shape; a class or a caption is already bound to the denoiser.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import inspect
@@ -228,13 +229,18 @@ def di_loss(d_psi, d_q, x_0, t, eps=None, weight=nowgt):
     return weight(x_0, teacher) * batch_sum(y_t * x_0), y_t
 
 
-def make_generator_loss(args, distance):
-    """--method and --weight -> a function (d_psi, d_q, x_0, t, eps=None) -> loss (B,), y_t."""
+def make_generator_loss(args, more=()):
+    """--method, --distance and --weight -> a function (d_psi, d_q, x_0, t, eps=None) -> loss (B,),
+    y_t; and the Distance. `more` has methods {name: loss} with the arguments of sim_loss."""
     if args.distance == "l1" and args.method == "sim":
         print("warning: l1 is wrong under autograd (see 01_toy_2d.py, part A); smoothl1 is exact")
-    loss = {"sim": functools.partial(sim_loss, distance=distance), "di": di_loss,
-            "sid": functools.partial(sid_loss, alpha=args.sid_alpha)}[args.method]
-    return functools.partial(loss, weight=WEIGHTS[args.weight]) if args.weight else loss
+    _, distance = parse_distance(args.distance)
+    settings = {"di": {}, "sid": {"alpha": args.sid_alpha}}.get(args.method, {"distance": distance})
+    if args.weight != "own":
+        require(args.method not in more, f"--weight is for sim, sid and di, not for {args.method}")
+        settings["weight"] = WEIGHTS[args.weight]
+    loss = {"sim": sim_loss, "sid": sid_loss, "di": di_loss, **dict(more)}[args.method]
+    return functools.partial(loss, **settings), distance
 
 
 # ---- Samplers ----
@@ -305,6 +311,15 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * self.model(c_in * x, c_noise, *cond, **named_cond)
 
 
+def as_denoiser(net, amp, *cond, **named_cond):
+    """A network of images with its conditions -> a denoiser (x_t, t) -> denoised of x_t's dtype.
+    Under autocast to bfloat16 if amp is "bf16"."""
+    def denoiser(x_t, t):
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
+            return net(x_t, t.expand(len(x_t), 1, 1, 1), *cond, **named_cond).to(x_t.dtype)
+    return denoiser
+
+
 # ---- The distance of two sets of features ----
 def moments(features):
     """features (N, D) -> their mean (D,) and covariance (D, D) over N - 1, in float64."""
@@ -332,8 +347,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def distance_to_truth(features, meta):
-    """The Frechet distance of features (N, D) to the true moments that a teacher's file holds. Only
-    in the features of Inception is this number FID."""
+    """The Frechet distance of features (N, D) to the moments of true images in a file's meta."""
     return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
 
 
@@ -347,12 +361,25 @@ def train_only(net, frozen):
     frozen.eval().requires_grad_(False)
 
 
+def make_parts(denoiser, adam_eps=1e-8):
+    """What Algorithm 2 trains and a Run saves: d_psi, g and g's average g_ema, copies of the
+    denoiser, and an Adam each for d_psi and g, with the betas of Table 5."""
+    d_psi, g, g_ema = [copy.deepcopy(denoiser) for _ in range(3)]
+    g_ema.eval().requires_grad_(False)
+    adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), eps=adam_eps, fused=True)
+    return {"d_psi": d_psi, "g": g, "g_ema": g_ema, "opt_psi": adam(d_psi.parameters()),
+            "opt_theta": adam(g.parameters())}
+
+
 def update(optimiser, lr):
     """Under torchrun the gradients are summed over all ranks. Then the optimiser takes one step."""
     optimiser.param_groups[0]["lr"] = lr
-    for w in optimiser.param_groups[0]["params"]:
-        if dist.is_initialized() and w.grad is not None:
-            dist.all_reduce(w.grad)
+    if dist.is_initialized():  # one message for all weights: messages cost more than numbers
+        grads = [w.grad for w in optimiser.param_groups[0]["params"] if w.grad is not None]
+        summed = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(summed)
+        for grad, part in zip(grads, summed.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
     optimiser.step()
     optimiser.zero_grad()
 
@@ -522,7 +549,8 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--method", choices=("sim", "sid", "di", *methods), help="or another, to compare")
     add("--distance", type=distance_type, default="phuber",
         help=f"d of (3.3): {', '.join(DISTANCES)}; with parameters as in phuber,c=0.01")
-    add("--weight", choices=WEIGHTS, help="of g's loss; SiD's own is sidwgt (B.11), others' nowgt")
+    add("--weight", choices=("own", *WEIGHTS), default="own",
+        help="of g's loss; SiD's own is sidwgt (B.11), others' nowgt")
     add("--sid-alpha", type=real, help="SiD's alpha; 1.2 on CIFAR-10")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, help="updates of the generator")
@@ -730,6 +758,10 @@ class Run:
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
+                is_adam = isinstance(part, torch.optim.Optimizer)
+                for w, adam in part.state.items() if is_adam else ():
+                    fits = all(v.shape == (() if k == "step" else w.shape) for k, v in adam.items())
+                    require(fits, f"{name} has moments of another shape than its weights")
         if self.is_first and not (self.folder / "g_ema.pt").exists():
             self.save_generator()  # a lost one
         if self.step < self.args.steps:
@@ -864,12 +896,13 @@ def to_uint8(x):
 
 
 def image_grid(images, columns=1):
-    """uint8 (N, C, H, W) -> a Pillow image, row by row. What is left of the last row is black. One
-    channel is shown as grey, and of more than three only the first three are shown."""
-    images = images[:, :3].expand(-1, 3, -1, -1)
+    """Images (N, C, H, W), uint8 or in [-1, 1] -> a Pillow image, row by row. What is left of the
+    last row is black. Shown are three channels as RGB, or the first one as grey."""
+    images = to_uint8(images) if images.is_floating_point() else images
+    images = images[:, :3 if images.shape[1] > 2 else 1]
     images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
     grid = rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns)
-    return Image.fromarray(grid.cpu().numpy())
+    return Image.fromarray(grid.squeeze(2).cpu().numpy())
 
 
 def save_picture(image, path, frames=()):

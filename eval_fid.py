@@ -1,14 +1,14 @@
 """FID, Inception Score, KID, precision and recall: how near are images to those of a reference?
 
-    python eval_fid.py runs/shapes-sim-phuber-0 --features teacher           80 seconds on two cores
-    python eval_fid.py runs/shapes-sim-phuber-0 --features teacher --n 10000 --nfe 35    its teacher
+    python eval_fid.py runs/fashion-sim-phuber-0 --features judge --n 10000      a minute on a CPU
+    python eval_fid.py runs/fashion-sim-phuber-0 --features judge --n 10000 --nfe 35     its teacher
     python eval_fid.py sid.pkl --t-star 2.5 --trials 3     FID-50k of a published one-step generator
     python eval_fid.py images/ others/          two folders of PNGs or JPEGs; .npz files do as well
     python eval_fid.py images/ --stats images.npz        mu and sigma of images, as a reference
     torchrun --standalone --nproc_per_node=8 -- eval_fid.py sid.pkl --n 10000
 
 FID is a distance in the features of Inception, in NVIDIA's TorchScript translation. In other
-features the distance has another name: FD-teacher. A TorchScript file is a program: take it from
+features the distance has another name: FD-judge. A TorchScript file is a program: take it from
 NVIDIA alone, or check it with --detector-sha256. Results are added to fid.json beside the source.
 """
 import hashlib
@@ -82,11 +82,16 @@ def inception_score(p, p_log_p, counts):
 
 # ---- Features ----
 def load_detector(args, x):
-    """-> a function (uint8 (B, 3, H, W)) -> features (B, D) and probabilities (B, classes) or None;
-    and its file's SHA-256. Inception is tried on the images x. UserError without the right file."""
-    if args.features == "teacher":
-        net = edm.load_denoiser(edm.SHAPES)[0].to(x.device)
-        return lambda x: (edm.teacher_features(net, x / 127.5 - 1), None), sha256(edm.SHAPES)
+    """-> a function (uint8 (B, C, H, W)) -> features (B, D) and probabilities (B, classes); and its
+    file's SHA-256. Inception sees grey as RGB, and is tried on the images x. UserError without the
+    right file."""
+    if args.features == "judge":
+        judge = edm.load_judge(args.judge or edm.JUDGE, x.shape[1:]).to(x.device)
+
+        def ask(x):
+            features, logits = judge(x)
+            return features, logits.softmax(1)
+        return ask, judge.sha256
     path = fetch(DETECTOR)
     digest = sha256(path)
     print(f"{path}, sha256 {digest}: a TorchScript file is a program")
@@ -94,7 +99,7 @@ def load_detector(args, x):
             f"{path} has sha256 {digest}, --detector-sha256 expects another: download it again")
     with (reading(path, "NVIDIA's Inception in TorchScript: download it again"), torch.no_grad(),
           warnings.catch_warnings(action="ignore")):  # torch.jit.load is deprecated
-        net = torch.jit.load(path, map_location=x.device).eval()
+        net, x = torch.jit.load(path, map_location=x.device).eval(), x.expand(-1, 3, -1, -1)
         features, p = net(x, return_features=True), net(x, no_output_bias=True)
         require(features.ndim == p.ndim == 2, "its features are no vectors")
         # One layer leads from the features to the probabilities. To apply the layer here, where it
@@ -103,13 +108,14 @@ def load_detector(args, x):
         found = last is not None and torch.allclose((features @ last.T).softmax(1), p, rtol=1e-3)
 
     def detect(x):
+        x = x.expand(-1, 3, -1, -1)
         features = net(x, return_features=True)
         return features, (features @ last.T).softmax(1) if found else net(x, no_output_bias=True)
     return detect, digest
 
 
 # ---- Images ----
-# read(numbers) -> the images with these numbers, uint8 (B, 3, H, W). `size` is how many there are,
+# read(numbers) -> the images with these numbers, uint8 (B, C, H, W). `size` is how many there are,
 # or 0 for a network's images, which are drawn without end: image k from seed k.
 Images = namedtuple("Images", "name read shape size sha256")
 
@@ -118,7 +124,7 @@ def generated(path, args, device):
     """The images of a run of stage 2, or of a checkpoint: those of the generator or, with --nfe,
     those of its teacher. A file that names no teacher is taken for a teacher itself."""
     try:
-        net, t_star, meta = edm.load_denoiser(path, args.teacher if ":" in args.teacher else "")
+        net, t_star, meta = edm.load_denoiser(path, args.teacher)
     except UserError as error:
         raise UserError(f"{error}. eval_fid.py reads runs of stage 2, 02_edm_cifar.py") from error
     digest = sha256(path / "g_ema.pt" if path.is_dir() else path)
@@ -134,7 +140,8 @@ def generated(path, args, device):
             name = f"{args.nfe} evaluations of {named}, teacher of {path}"
             digest = facts.get("teacher_sha256")
         sample = partial(edm.sample_teacher, net, num_steps=(args.nfe + 1) // 2)
-    require(net.image_shape[0] == 3, f"{path}: {net.image_shape[0]} channels, expected three")
+    require(net.image_shape[0] in (1, 3), f"{path}: images of {net.image_shape[0]} channels, "
+            "expected one or three")
     net.to(device)
 
     def read(numbers):
@@ -153,39 +160,44 @@ def open_images(path):
     require(path.suffix == ".npz", f"{path} {state}: expected a folder of images or an .npz; to "
             "evaluate, a run of stage 2 or a checkpoint (.pt, .pkl) as well")
     arrays = read_npz(path)
-    found = [v for v in arrays.values() if v.dtype == np.uint8 and v.ndim == 4 and v.shape[-1] == 3]
+    found = [v for v in arrays.values() if v.dtype == np.uint8 and
+             (v.ndim == 3 or v.ndim == 4 and v.shape[-1] in (1, 3))]
     holds = ", ".join(f"{name} {v.dtype} {v.shape}" for name, v in arrays.items())
-    require(len(found) == 1 and len(found[0]),
-            f"{path} holds {holds}: expected one array of images, uint8 (N, H, W, 3)")
-    read = lambda numbers: channels_first(found[0][numbers])
-    return Images(str(path), read, (3, *found[0].shape[1:3]), len(found[0]), sha256(path))
+    require(len(found) == 1 and found[0].size, f"{path} holds {holds}: expected one array of "
+            "images, uint8 (N, H, W), or (N, H, W, C) of one channel or three")
+    pixels = found[0].reshape(*found[0].shape[:3], -1)
+    read = lambda numbers: channels_first(pixels[numbers])
+    return Images(str(path), read, tuple(read([0]).shape[1:]), len(pixels), sha256(path))
 
 
 def folder_of_images(path):
     """The PNGs and JPEGs in a folder, in the order of their names, without hidden files."""
     files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    require(files, f"{path} has no .png or .jpg in it, nor the g_ema.pt of a run of stage 2")
+    require(files, f"{path} has no .png or .jpg in it")
 
-    def read_one(file, size=None):
-        with (reading(file, f"a PNG or JPEG, RGB, of {size or 'any'} pixels"),
+    def read_one(file, shape=None):
+        with (reading(file, f"a PNG or JPEG, grey or RGB, of shape {shape or '(H, W, C)'}"),
               Image.open(file, formats=("PNG", "JPEG")) as image):
-            fits = image.mode == "RGB" and size in (None, image.size)
-            require(fits, f"{image.mode}, {image.size}")
-            return np.array(image)
+            require(image.mode in ("L", "RGB"), f"its mode is {image.mode}")
+            pixels = np.array(image).reshape(image.height, image.width, -1)
+            require(shape in (None, pixels.shape), f"its shape is {pixels.shape}")
+            return pixels
 
-    height, width, _ = read_one(files[0]).shape
-    read = lambda numbers: channels_first([read_one(files[k], (width, height)) for k in numbers])
+    first = read_one(files[0])
+    read = lambda numbers: channels_first([read_one(files[k], first.shape) for k in numbers])
     digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-    return Images(str(path), read, (3, height, width), len(files), digest)
+    return Images(str(path), read, tuple(channels_first([first]).shape[1:]), len(files), digest)
 
 
 def read_npz(path):
     with reading(path, "an .npz file of arrays"), np.load(path) as file:
+        size = sum(item.file_size for item in file.zip.infolist())
+        require(size < 2**33, f"{size / 1e9:.0f} GB of arrays")
         return dict(file)
 
 
 def channels_first(pixels):
-    return torch.from_numpy(np.asarray(pixels)).movedim(-1, 1)  # (N, H, W, 3) -> (N, 3, H, W)
+    return torch.from_numpy(np.asarray(pixels)).movedim(-1, 1)  # (N, H, W, C) -> (N, C, H, W)
 
 
 # ---- One pass ----
@@ -217,14 +229,15 @@ def one_pass(images, numbers, detect, batch, device):
 def load_reference(args, images, dim, digest, measure):
     """-> what one_pass returns of the reference, or its mu and sigma alone; and what fid.json says
     of it. UserError for a reference that is not there, or does not fit the images or features."""
-    usual = {(3, 16, 16): "shapes", (3, 32, 32): "cifar10"}
-    reference = args.reference or usual.get(images.shape)
+    usual = "judge" if args.features == "judge" else {(3, 32, 32): "cifar10"}.get(images.shape)
+    reference = args.reference or usual
     require(reference, f"{args.source}: name a reference as well, for images of {images.shape}")
     path = fetch(CIFAR10) if reference == "cifar10" else Path(reference)
     name, arrays = str(path), read_npz(path) if path.suffix == ".npz" else {}
-    if reference == "shapes":
-        name, path = "true shapes", edm.SHAPES  # their moments are in the teacher's file
-        arrays = edm.load_denoiser(path)[2] | {"features": "teacher"}
+    if reference == "judge":  # whose file has the moments of the true images of the test
+        path = Path(args.judge or edm.JUDGE)
+        name = f"true images, by {path}"
+        arrays = edm.load_judge(path, images.shape).meta | {"features": "judge"}
     if "mu" in arrays:
         with reading(name, f"mu ({dim},) and sigma ({dim}, {dim}) of {args.features} features, as "
                      "--stats writes them with this detector"):
@@ -251,7 +264,7 @@ def metrics(fake, real, features):
     got = {f"{'FD' if of else 'FID'}{of}-{n}": distance}
     if "p" in fake and fake["n"] >= SPLITS:
         score, std = inception_score(fake["p"], fake["p_log_p"], fake["counts"])
-        got |= {f"IS-{n}": score, f"IS-{n} (std of splits)": std}
+        got |= {f"IS{of}-{n}": score, f"IS{of}-{n} (std of splits)": std}
     if "stored" in real:
         both, k = (fake["stored"], real["stored"]), thousands(len(fake["stored"]))
         got[f"KID{of}-{k}"], got[f"KID{of}-{k} (std of subsets)"] = kernel_distance(*both)
@@ -265,16 +278,17 @@ def parse(argv):
     add = parser.add_argument
     add("source", help="a run of stage 2, a checkpoint (.pt, .pkl), a folder of images or an .npz")
     add("reference", nargs="?", help="a folder of images, an .npz (of images, or of mu and sigma), "
-        "shapes (--features teacher, and its default) or cifar10 (the default for 32 x 32)")
-    add("--features", choices=("inception", "teacher"), default="inception",
-        help="only the first gives FID; teacher is the encoder of the embedded teacher of shapes")
+        "judge (--features judge, and its default) or cifar10 (the default for 32 x 32)")
+    add("--features", choices=("inception", "judge"), default="inception",
+        help="only the first gives FID; judge is a classifier of lab/teachers.py")
+    add("--judge", metavar="FILE", help="another judge than Fashion-MNIST's")
     add("--n", type=count, help="images; 50,000, or all of a folder or a file, unless given")
     add("--trials", type=count, default=1, help="each with n fresh seeds (EDM: 3, SiD: 10)")
     add("--seed", type=at_least_0, default=0, help="of the first image")
     add("--nfe", type=checked(int, lambda n: n > 0 and n % 2, "odd number > 0"), default=1,
         help="evaluations: 1 is the generator; more, Heun's method with its teacher (EDM: 35)")
     add("--t-star", type=positive, help="unless it is the checkpoint's own (SiD: 2.5)")
-    add("--teacher", default="", help="of a run whose file does not name one, as in stage 2")
+    add("--teacher", help="of a run whose file does not name one, as in stage 2")
     add("--batch", type=count, default=250, help="images at once; changes no result")
     add("--stats", metavar="NPZ", help="only write mu and sigma of the source's features")
     add("--detector-sha256", help="what the Inception file must have")
@@ -291,8 +305,9 @@ def check_flags(args, images):
             "--seed and --trials are for runs and checkpoints")
     require(not size or (args.n or 0) <= size, f"--n {args.n}: {args.source} holds {size} images")
     require(args.nfe == 1 or not args.t_star, "--t-star is for one step, --nfe for more")
-    require(args.features != "teacher" or images.shape == (3, 16, 16), f"{args.source} has images "
-            f"(C, H, W) of {images.shape}: --features teacher expects (3, 16, 16)")
+    require(args.features == "judge" or not args.judge, "--judge is for --features judge")
+    require(args.features == "inception" or not args.detector_sha256,
+            "--detector-sha256 is for --features inception")
 
 
 def write_statistics(args, images, n, digest, measure):
@@ -327,7 +342,7 @@ def summarise(values):
 
 
 def report(args, facts, out):
-    note = "" if args.features == "inception" else "; in the teacher's features, which is not FID"
+    note = "" if args.features == "inception" else "; in the judge's features, which is not FID"
     against = f"{facts['reference']} ({facts.get('reference_n', 'mu and sigma')})"
     print(f"{facts['source']}: {facts['n']} images against {against}{note}")
     for name, value in facts.get("metrics", {}).items():

@@ -1,6 +1,6 @@
 """Speed and memory of an update, at any size. Time and memory do not depend on the weights.
 
-    python lab/machine.py speed 2 --teacher shapes --steps 12
+    python lab/machine.py speed 2 --teacher fashion --steps 12
     python lab/machine.py speed 2 --teacher uncond --batch 4 --steps 2 --amp bf16
     python lab/machine.py speed 3 --teacher miniature
     python lab/machine.py memory 3 --teacher pixart --batch-gpu 8
@@ -25,7 +25,7 @@ from common import EDMPrecond, one_line_errors, pick_device, require
 
 import numpy as np
 import torch
-from teachers import SHAPES_NET
+from teachers import net_args_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,10 +40,11 @@ def stage_2(args, device):
     """-> forward(n): the teacher on n images; passes: an update of psi and of theta, in forwards (a
     backward is two, or one where weights are frozen); make_run(folder) and train(run)."""
     edm = importlib.import_module("02_edm_cifar")
-    require(args.teacher in edm.CIFAR or args.teacher == "shapes",
-            f"--teacher {args.teacher}: expected shapes or {', '.join(edm.CIFAR)}")
+    require(args.teacher in edm.CIFAR or args.teacher == "fashion",
+            f"--teacher {args.teacher}: expected fashion or {', '.join(edm.CIFAR)}")
+    fashion = net_args_of(side=28, channels=1, classes=10)
     with torch.device(device):
-        d_q = edm.make_unet(**edm.CIFAR.get(args.teacher, SHAPES_NET))
+        d_q = edm.make_unet(**edm.CIFAR.get(args.teacher, fashion))
     d_q.eval().requires_grad_(False)
     if args.amp == "bf16":
         d_q = d_q.to(memory_format=torch.channels_last)
@@ -229,7 +230,7 @@ def report_memory(args, make_case):
 
 
 # ---- The command line ----
-STAGES = {"2": ("02_edm_cifar", stage_2, "shapes"), "3": ("03_pixart_t2i", stage_3, "miniature")}
+STAGES = {"2": ("02_edm_cifar", stage_2, "fashion"), "3": ("03_pixart_t2i", stage_3, "miniature")}
 
 
 def parse(parser, presets, small, words):
@@ -250,7 +251,7 @@ def main(argv=None):
     if not words or words[0] in ("-h", "--help"):
         return print(__doc__)
     require(words[0] in ("speed", "memory") and words[1:2] and words[1] in STAGES,
-            "expected speed or memory, then 2 or 3: python lab/machine.py speed 2 --teacher shapes")
+            "expected speed or memory, then 2 or 3, as in: python lab/machine.py speed 2")
     module, make_case, small = STAGES[words[1]]
     stage = importlib.import_module(module)
     args = parse(stage.stage_parser(), stage.PRESETS, small, words[2:])

@@ -45,7 +45,7 @@ def embed(folder, files, prompts, device, batch=32):
         opened = []
         for file in files[first:first + batch]:
             with reading(file, "an image"):
-                opened.append(Image.open(file).convert("RGB"))
+                opened.append(Image.open(file, formats=("PNG", "JPEG")).convert("RGB"))
         inputs = processor(images=opened, text=prompts[first:first + batch], padding=True,
                            truncation=True, max_length=77, return_tensors="pt").to(device)
         images.append(model.get_image_features(inputs.pixel_values).pooler_output)

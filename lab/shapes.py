@@ -1,11 +1,9 @@
-"""Drawn shapes: true images without end for the embedded teachers, and a reader of their classes.
+"""Drawn shapes with captions: true images for stage 3's miniature, and a reader of what they show.
 
-    python lab/shapes.py --draw 50000 --out shapes.npz         a minute: a reference for eval_fid.py
-    python lab/shapes.py runs/shapes-sim-phuber-0 --teacher-too        class accuracy of stage 2
-    python lab/shapes.py runs/miniature-sim-phuber-0            accuracy of stage 3, for captions
+    python lab/shapes.py runs/miniature-sim-phuber-0 --teacher-too     how often are captions right?
 
-Accuracy is the share of images that show what was asked for. Image k is drawn from seed k. The
-table goes to RUN/shapes.json too. Its row of true images says how often the reader is right.
+Accuracy is the share of images that show what was asked for. The table is written to
+RUN/shapes.json too. The table's row of true images says how often the reader is right.
 """
 import functools
 import importlib
@@ -15,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (at_least_0, atomic, count, draw_latents, one_line_errors, pick_device,
-                    plain_parser, reading, require, save, to_uint8)
+from common import (count, draw_latents, one_line_errors, pick_device, plain_parser, reading,
+                    require, save, to_uint8)
 
 import numpy as np
 import torch
@@ -36,7 +34,7 @@ SHAPES = {  # corners in a square of side 2, y downwards; the size of the hole, 
     "bar": ([(1, 0.35), (-1, 0.35), (-1, -0.35), (1, -0.35)], 0),
     "pillar": ([(0.35, 1), (-0.35, 1), (-0.35, -1), (0.35, -1)], 0)}
 RADII = 0.24, 0.4  # the smallest and the largest radius, in images
-APART = 10**9  # the first seed of --draw, which no training and no other evaluation has
+APART = 10**9  # a seed that no training has
 
 
 def draw_shape(name, x, y, radius, colour, background, size, fine=8):
@@ -49,23 +47,6 @@ def draw_shape(name, x, y, radius, colour, background, size, fine=8):
         ImageDraw.Draw(mask).polygon(outline, ink)
     mask = np.asarray(mask.reduce(fine), dtype=np.float32)[:, :, None] / 255
     return background + (colour - background) * mask
-
-
-def draw_shapes(n, seed, size=16, labels=None):
-    """n random shapes, of random classes unless labels (n,) says which; seed is an int or a list of
-    ints. -> images (n, 3, size, size) in [-1, 1], labels (n,)"""
-    random = np.random.default_rng(seed)
-    labels = random.integers(len(SHAPES), size=n) if labels is None else np.asarray(labels)
-    images = np.empty((n, size, size, 3), dtype=np.float32)
-    for image, label in zip(images, labels):
-        radius = size * random.uniform(*RADII)
-        x, y = random.uniform(radius, size - radius, 2)
-        colours = random.uniform(size=(2, 3))
-        while np.linalg.norm(colours[0] - colours[1]) < 0.6:  # a shape that can hardly be seen
-            colours = random.uniform(size=(2, 3))
-        image[:] = draw_shape(list(SHAPES)[label], x, y, radius, *colours, size)
-    images = rearrange(torch.from_numpy(images), "n h w c -> n c h w") * 2 - 1
-    return images, torch.from_numpy(labels)
 
 
 @functools.cache
@@ -157,30 +138,14 @@ def prompt_accuracy(images, prompts):
 
 
 # ---- The accuracy of a run ----
-def judge_classes(args, device, n):
-    """A run of stage 2 -> {set of images: {"class": share}}"""
-    edm = importlib.import_module("02_edm_cifar")
-    g, t_star, meta = edm.load_denoiser(args.run)
-    require((g.image_shape, g.label_dim) == ((3, 16, 16), len(SHAPES)),
-            f"{args.run} makes images {g.image_shape} of {g.label_dim} classes: expected shapes")
-    z, labels = [v.to(device) for v in draw_latents(range(n), g.image_shape, g.label_dim)]
-    sets = {"true images": draw_shapes(n, [APART, 1], labels=labels.argmax(1).cpu())[0],
-            "one step": edm.sample_one_step(g.to(device), t_star, z, labels)}
-    if args.teacher_too:
-        named = meta.get("teacher", "shapes")
-        require(":" not in named, f"{args.run}: its teacher {named} is no teacher of shapes")
-        d_q = edm.load_teacher(named)[0].to(device)
-        sets["teacher, 35 evaluations"] = edm.sample_teacher(d_q, z, labels)
-    right = {name: read_shapes(to_uint8(x).cpu())[0] == labels.argmax(1).cpu()
-             for name, x in sets.items()}
-    return {name: {"class": v.double().mean().item()} for name, v in right.items()}
-
-
-def judge_captions(args, device, n):
-    """A run of stage 3's miniature -> {set of images: prompt_accuracy}"""
+def judge(args):
+    """The table of a run of stage 3's miniature, on the screen and in RUN/shapes.json."""
     t2i = importlib.import_module("03_pixart_t2i")
-    miniature, t_star, meta = t2i.load_pipeline(args.run, device)
-    g, prompts = miniature.net, tested_prompts()[:n]
+    folder, device = Path(args.run), pick_device(args.device)
+    with reading(folder / "g_ema.pt", "a run of stage 3's miniature"):
+        miniature, t_star, meta = t2i.load_pipeline(folder, device)
+        require(isinstance(miniature, t2i.Miniature), "no miniature")
+    g, prompts = miniature.net, tested_prompts()[:args.n]
     captions = miniature.encode([caption_of(prompt) for prompt in prompts])
     cond = t2i.pad(captions, g.model.tokens, device)
     z = draw_latents(range(len(prompts)), g.model.image_shape)[0].to(device)
@@ -190,48 +155,22 @@ def judge_captions(args, device, n):
         d_q = t2i.load_teacher(meta["teacher"], device)[0].net
         guided = t2i.Guided(d_q, meta["guidance"]).to(device)
         sets["teacher, 14 steps"] = t2i.sample_teacher(guided, z, *cond)
-    return {name: prompt_accuracy(x.cpu(), prompts) for name, x in sets.items()}
-
-
-def judge(args):
-    """The table of a run, on the screen and in RUN/shapes.json."""
-    folder, device = Path(args.run), pick_device(args.device)
-    with reading(folder / "g_ema.pt", "a run of stage 2 or of stage 3's miniature"):
-        saved = torch.load(folder / "g_ema.pt", map_location="meta", weights_only=True)
-        of_captions = "text" in saved["net_args"]
-    n = args.n or (TESTED if of_captions else 10_000)
-    rows = (judge_captions if of_captions else judge_classes)(args, device, n)
-    print(f"{n} images".ljust(25), *[f"{key:>10}" for key in rows["one step"]])
+    rows = {name: prompt_accuracy(x.cpu(), prompts) for name, x in sets.items()}
+    print(f"{len(prompts)} images".ljust(25), *[f"{key:>10}" for key in rows["one step"]])
     for name, row in rows.items():
         print(f"{name:25}", *[f"{value:10.1%}" for value in row.values()])
-    save({"n": n, **rows}, folder / "shapes.json")
-
-
-def draw(args):
-    """--draw: an .npz of uint8 images (N, 16, 16, 3) and their labels (N,)."""
-    seeds = range(APART + args.seed, APART + args.seed + args.draw)
-    images, labels = zip(*[draw_shapes(1, [k, 1, 1]) for k in seeds])  # no seed of the teacher's
-    pixels = rearrange(to_uint8(torch.cat(images)), "n c h w -> n h w c")
-    with atomic(args.out) as temporary:
-        np.savez(temporary, images=pixels, labels=torch.cat(labels))
-    print(f"{args.draw} shapes: {args.out}")
+    save({"n": len(prompts), **rows}, folder / "shapes.json")
 
 
 @one_line_errors
 def main(argv=None):
     parser = plain_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", help="the folder of a run of stage 2, or of stage 3's miniature")
-    add("--n", type=count, help="images; 10,000 or, of stage 3, 1000 unless given")
-    add("--teacher-too", action="store_true", help="the run's teacher as well, which takes minutes")
+    add("run", help="the folder of a run of stage 3's miniature")
+    add("--n", type=count, default=TESTED, help="images")
+    add("--teacher-too", action="store_true", help="the run's teacher as well, which takes longer")
     add("--device", default="auto", help="auto (the best one here), cpu, cuda or mps")
-    add("--draw", type=count, metavar="N", help="draw N true shapes and write them to --out")
-    add("--seed", type=at_least_0, default=0, help="of the first shape of --draw")
-    add("--out", default="shapes.npz", help="the file of --draw")
-    args = parser.parse_args(argv)
-    require((args.run is None) != (args.draw is None), "expected a run or --draw N, and not both")
-    require(args.out.endswith(".npz"), f"--out {args.out}: expected an .npz file")
-    return judge(args) if args.run else draw(args)
+    judge(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Many runs of the stages, as tables and pictures; and the curves of any runs.
 
     python lab/studies.py figure-2-toy --jobs 2       SIM, SiD, Diff-Instruct, ring: 20 minutes
-    python lab/studies.py figure-2-shapes --jobs 2    the same on the shapes: an hour
+    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: hours
     python lab/studies.py neighbours --jobs 2         eleven methods on the ring: 18 minutes
     python lab/studies.py stop-gradients --jobs 2     6 minutes, as do t-star and teachers
     python lab/studies.py figure-2-toy --draw         tables and curves from assets/results alone
@@ -50,7 +50,7 @@ class Study:
 
 
 TOY = ("01_toy_2d.py --part distil", "sw2", "sliced Wasserstein-2")
-IMAGES = ("02_edm_cifar.py --teacher shapes --preset shapes", "fd", "FD-teacher")
+IMAGES = ("02_edm_cifar.py --teacher fashion --preset fashion", "fd", "FD-judge")
 METHODS = {"SIM, Pseudo-Huber": "", "SIM, l2": "--distance l2", "SiD, alpha 1": "--method sid",
            "SiD, its own settings": "--method sid --sid-alpha 1.2 --p-theta karras",
            "Diff-Instruct": "--method di"}
@@ -70,7 +70,7 @@ T_STARS = {"t* = 0.05": "--t-star 0.05", "t* = 0.5": "--t-star 0.5", "t* = 2.5":
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned",
             "rectified flow": "--teacher flow"}
 COLUMNS = {  # of a table, where a run has this figure: title and format
-    "fd": ("FD-teacher", ".2f"), "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
+    "fd": ("FD-judge", ".2f"), "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
     "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
     "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}
 
@@ -95,7 +95,7 @@ STUDIES = {
         preset_lr="--anneal none --steps 1500",
         three_times_that="--anneal none --lr 0.006 --steps 1500",
         ten_times_that="--anneal none --lr 0.02 --steps 1500")),
-    "figure-2-shapes": Study(*IMAGES, figure_2(
+    "figure-2-fashion": Study(*IMAGES, figure_2(
         preset_lr="--anneal none --steps 200",
         ten_times_that="--anneal none --lr 0.004 --steps 100"))}
 

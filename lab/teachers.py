@@ -1,11 +1,13 @@
-"""How the two embedded teachers were trained: diffusion models, by EDM's recipe at a small size.
+"""How the embedded teachers, and the judge of images, were trained: EDM's recipe at a small size.
 
-    python lab/teachers.py shapes --amp bf16         26 minutes on two cores: a teacher of stage 2
-    python lab/teachers.py miniature --amp bf16      90 minutes on two cores: a teacher of stage 3
+    python lab/teachers.py judge --data DIR           ten minutes on two cores: the judge of stage 2
+    python lab/teachers.py fashion --data DIR --judge runs/fashion_judge/judge.pt       two hours
+    python lab/teachers.py miniature --amp bf16       90 minutes on two cores: a teacher of stage 3
+    torchrun --standalone --nproc_per_node=2 lab/teachers.py fashion --data DIR
 
-Either command writes RUN/teacher.pt and continues after a kill. Copied to assets/, the file is the
-embedded teacher. The file holds the weights in float16 and what a run compares with: the moments of
-true images in the teacher's own features. The miniature's file holds its captions too.
+DIR holds Fashion-MNIST or pictures of your own: lab/pictures.py lists the forms. Each command
+writes RUN/teacher.pt or RUN/judge.pt, with weights in float16, and continues after a kill. Copied
+to assets/, the file is the embedded one.
 """
 import copy
 import importlib
@@ -15,42 +17,45 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import (Run, at_least_0, count, draw_latents, dsm_loss, ema_beta, ema_update,
-                    frechet_distance, moments, one_line_errors, p_edm, pick_device, plain_parser,
-                    positive, real, save, seed_step, update)
+from common import (Run, as_denoiser, at_least_0, count, draw_latents, dsm_loss, ema_beta,
+                    ema_update, frechet_distance, micro_batches, moments, one_line_errors, p_edm,
+                    pick_device, plain_parser, positive, progress, real, require, save, seed_step,
+                    update)
 
 import numpy as np
+import pictures
 import shapes
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+edm = importlib.import_module("02_edm_cifar")
+
 RECIPES = {  # EDM's (Karras et al. 2022, section 5), smaller; measured
-    "shapes": {"steps": 5000, "batch": 128, "lr": 2e-3, "ema_half_life": 2e4, "psi_mean": -1.2,
-               "psi_std": 1.2, "save_every": 500, "log_every": 100, "out": "runs/shapes_teacher"},
+    "fashion": {"steps": 6000, "batch": 64, "lr": 1e-3, "ema_half_life": 2e4, "psi_mean": -0.8,
+                "psi_std": 1.4, "save_every": 250, "log_every": 50, "out": "runs/fashion_teacher"},
+    "judge": {"steps": 5000, "batch": 128, "lr": 2e-3, "ema_half_life": 2e4,
+              "save_every": 250, "log_every": 50, "out": "runs/fashion_judge"},
     "miniature": {"steps": 12_000, "batch": 64, "lr": 1e-3, "ema_half_life": 2e4, "psi_mean": -0.8,
                   "psi_std": 1.4, "save_every": 500, "log_every": 50,
                   "out": "runs/miniature_teacher"}}
 WARM_UP = 200  # steps in which the lr rises from 0
 DROPPED = 0.1  # the share of labels or captions dropped: the teacher serves without them too
-SHAPES_NET = {"img_resolution": 16, "label_dim": 10, "model_channels": 24,
-              "channel_mult": [1, 2, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
 TRUE = 5000  # true images in the moments that stage 3 compares with
 
 
-def train_edm(args, net, betas, draw):
-    """A diffusion model by (B.2). draw(step) -> a denoiser, which is net with the conditions of the
-    step bound to it, and x_0. -> the run, and the average of net over the training, in eval mode"""
+def train(args, net, betas, draw, loss_of):
+    """Adam on the mean of loss_of(*draw(random)), with the average of net over the training. draw
+    -> a batch, as tensors; loss_of -> (B,). -> the run, and the average, in eval mode"""
     ema, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
     optimiser = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
     run = Run(args, args.out, {}, ema, {}, net=net, ema=ema, optimiser=optimiser)
     for step in run.steps():
-        seed_step(args.seed, step)
-        denoiser, x_0 = draw(step)
-        t = p_edm((args.batch, *[1] * (x_0.ndim - 1)), args.psi_mean, args.psi_std, device=device)
-        loss = dsm_loss(denoiser, x_0.to(device), t)
+        batch = draw(seed_step(args.seed, step))
+        (rows,) = micro_batches([v.to(device) for v in batch])  # those of this rank
+        loss = loss_of(*rows)
         run.add(loss=loss)
-        loss.mean().backward()
+        (loss.sum() / args.batch).backward()
         update(optimiser, min(1, (step + 1) / WARM_UP) * (args.lr * (1 - step / args.steps)))
         ema_update(ema, net, ema_beta(step * args.batch, args.batch, args.ema_half_life))
         if run.due(args.log_every):
@@ -58,46 +63,117 @@ def train_edm(args, net, betas, draw):
     return run, ema
 
 
-def save_teacher(run, ema, net_args, meta):
-    """RUN/teacher.pt, in the form of a g_ema.pt, with the weights in float16."""
-    args = run.args
+def draw_noise_levels(args, random):
+    return p_edm((args.batch, 1, 1, 1), args.psi_mean, args.psi_std, generator=random)
+
+
+def round_half(net):
+    """-> a copy in float32 with the weights that a file in float16 has."""
+    return copy.deepcopy(net).half().float()
+
+
+def save_half(run, name, net, net_args, meta, **more):
+    """RUN/NAME.pt, with the weights in float16 and what the file is, in meta."""
+    args, state = run.args, {key: w.half() for key, w in net.state_dict().items()}
     meta = meta | {"steps": args.steps, "batch": args.batch, "seed": args.seed}
-    save({"net_args": net_args, "state_dict": ema.half().state_dict(), "t_star": args.t_star,
-          "meta": meta}, run.folder / "teacher.pt")
+    save({"net_args": net_args, "state_dict": state, "meta": meta, **more},
+         run.folder / f"{name}.pt")
 
 
-# ---- Stage 2's teacher ----
-def train_shapes(args, device):
-    """A class-conditional model of drawn shapes, 16x16 pixels in ten classes."""
-    edm = importlib.import_module("02_edm_cifar")
+# ---- Stage 2's teacher and its judge ----
+def draw_pictures(args, images, labels, random):
+    """-> pictures (B, C, H, W) uint8; classes (B,); 1 where a picture is flipped, else 0 (B, 1)"""
+    k = torch.randint(len(images), (args.batch,), generator=random)
+    flipped = torch.randint(2, (args.batch, 1), generator=random)
+    x = torch.where(flipped[:, :, None, None] == 1, images[k].flip(3), images[k])
+    return x, labels[k], flipped
+
+
+def net_args_of(side, channels, classes):
+    """A small U-Net of three levels, with attention at the lowest one. augment_dim: a flip."""
+    return {"img_resolution": side, "img_channels": channels, "label_dim": classes,
+            "augment_dim": 1, "model_channels": 16, "channel_mult": [1, 2, 4], "num_blocks": 1,
+            "attn_resolutions": [side // 4], "dropout": 0.0}
+
+
+def train_unet(args, device):
+    """A class-conditional teacher. The network is told which pictures are flipped, as EDM does, so
+    that its samples are not flipped: the shoes of Fashion-MNIST point to the left."""
+    images, labels = pictures.load_pictures(args.data)
+    classes = int(labels.max()) + 1
+    net_args = net_args_of(images.shape[2], images.shape[1], classes)
     torch.manual_seed(args.seed)
-    net = edm.make_unet(**SHAPES_NET).to(device)
+    net = edm.make_unet(**net_args).to(device)
+    judge = edm.load_judge(args.judge, net.image_shape).to(device) if args.judge else None
     net.model.label_dropout = DROPPED
 
-    def draw(step):
-        images, labels = shapes.draw_shapes(args.batch, [args.seed, step])
-        labels = F.one_hot(labels, len(shapes.SHAPES)).float().to(device)
-        return edm.bind_labels(net, labels, args.amp), images
+    def draw(random):
+        x, label, flipped = draw_pictures(args, images, labels, random)
+        t = draw_noise_levels(args, random)
+        return x.float() / 127.5 - 1, t, F.one_hot(label, classes).float(), flipped.float()
 
-    run, ema = train_edm(args, net, (0.9, 0.999), draw)
-    stored = copy.deepcopy(ema).half().float()  # the weights as the file has them
-    save_teacher(run, ema, SHAPES_NET, measure_shapes(args, edm, stored))
-    print(f"next: python 02_edm_cifar.py --teacher {args.out}/teacher.pt --preset shapes")
+    def loss_of(x_0, t, *cond):
+        return dsm_loss(as_denoiser(net, args.amp, *cond), x_0, t)
+
+    run, ema = train(args, net, (0.9, 0.999), draw, loss_of)
+    if run.is_first:
+        meta = judge_teacher(round_half(ema), judge) if judge else {}
+        save_half(run, "teacher", ema, net_args, meta, t_star=args.t_star)
+        print(f"next: python 02_edm_cifar.py --teacher {args.out}/teacher.pt --preset fashion",
+              f"--judge {args.judge}" if judge else "")
 
 
-def measure_shapes(args, edm, net):
-    """-> what a run compares with: the moments of true shapes in the features of net, and the
-    Frechet distances of other true shapes and of the teacher's own samples to these moments."""
-    device, n = next(net.parameters()).device, edm.FD_IMAGES
-    draw_true = lambda n, key: shapes.draw_shapes(n, [key, args.seed])[0].to(device)
-    mu, sigma = moments(edm.teacher_features(net, draw_true(10 * n, 1)).cpu())
-    meta = {"data": "shapes", "mu": mu, "sigma": sigma}
-    z, labels = [v.to(device) for v in draw_latents(range(n), net.image_shape, net.label_dim)]
-    meta["fd_teacher"] = edm.truth_distance(net, edm.sample_teacher(net, z, labels), meta)
-    meta["fd_real"] = edm.truth_distance(net, draw_true(n, 2), meta)
-    print(f"Frechet distance of {n} true shapes {meta['fd_real']:.4f}, "
-          f"of the teacher's {meta['fd_teacher']:.4f}")
-    return meta
+def judge_teacher(net, judge):
+    """-> what stage 2 shows beside a run: the judge's figures of the teacher with 35 evaluations"""
+    device = next(net.parameters()).device
+    z, labels = [v.to(device) for v in draw_latents(range(edm.FINAL), net.image_shape,
+                                                    net.label_dim)]
+    pieces = list(zip(z.split(250), labels.split(250)))
+    x = torch.cat([edm.sample_teacher(net, *piece) for piece in progress(pieces, "35 evaluations")])
+    judged = {f"{key}_teacher": v for key, v in edm.grade(judge, x, labels).items()}
+    print(f"{edm.FINAL} images of the teacher: {judged}")
+    return {"judged": judged, "judge_sha256": judge.sha256}
+
+
+def train_judge(args, device):
+    """A classifier of pictures, half of which are flipped."""
+    images, labels = pictures.load_pictures(args.data)
+    tested = pictures.load_pictures(args.data, "test")
+    net_args = {"channels": images.shape[1], "side": images.shape[2],
+                "classes": int(labels.max()) + 1}
+    require(tested[0].shape[1:] == images.shape[1:] and tested[1].max() < net_args["classes"],
+            f"{args.data}: the pictures of the test have another shape or other classes")
+    torch.manual_seed(args.seed)
+    judge = edm.Judge(**net_args).to(device)
+
+    def draw(random):
+        return draw_pictures(args, images, labels, random)[:2]
+
+    def loss_of(x, label):
+        return F.cross_entropy(judge(x)[1], label, reduction="none")
+
+    run, ema = train(args, judge, (0.9, 0.999), draw, loss_of)
+    if run.is_first:
+        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+        some = some[:len(tested[0])]
+        meta = describe_truth(round_half(ema), tested, (images[some], labels[some]))
+        save_half(run, "judge", ema, net_args, meta)
+        print(f"{len(tested[0])} test pictures: {meta['floor']}")
+
+
+@torch.no_grad()
+def describe_truth(judge, tested, others):
+    """Pictures and labels of the test, and as many others, which the judge has learned from -> the
+    meta of the judge's file: the moments of the test, the distance of the others to these moments,
+    and the share of the test that the judge has right."""
+    device, classes = next(judge.parameters()).device, judge.head.out_features
+    mu, sigma = moments(torch.cat([judge(x.to(device))[0].cpu() for x in tested[0].split(500)]))
+    judge.meta = {"mu": mu, "sigma": sigma}
+    of_test, of_others = [edm.grade(judge, x.to(device) / 127.5 - 1, F.one_hot(labels, classes))
+                          for x, labels in (tested, others)]
+    judge.meta["floor"] = {"fd_floor": of_others["fd"], "n_floor": len(others[0]),
+                           "class_accuracy_floor": of_test["class_accuracy"]}
+    return judge.meta
 
 
 # ---- Stage 3's teacher ----
@@ -135,17 +211,21 @@ def train_miniature(args, device):
         [shapes.caption_of(prompt) for prompt in seen], padding="max_length",
         max_length=t2i.MINI_NET["caption_tokens"], return_tensors="pt").to(device)
 
-    def draw(step):
-        random = np.random.default_rng([args.seed, step])
-        chosen = random.integers(len(seen), size=args.batch)
-        cond = tokens.input_ids[chosen], tokens.attention_mask[chosen]
-        images = torch.stack([shapes.draw_captioned(seen[k], random) for k in chosen])
-        return t2i.bind_caption(partial(drop_captions, net), cond, args.amp), images
+    def draw(random):
+        numpy_random = np.random.default_rng(random.initial_seed())
+        chosen = numpy_random.integers(len(seen), size=args.batch)
+        images = torch.stack([shapes.draw_captioned(seen[k], numpy_random) for k in chosen])
+        t = draw_noise_levels(args, random)
+        return images, t, tokens.input_ids[chosen], tokens.attention_mask[chosen]
 
-    run, ema = train_edm(args, net, (0.9, 0.99), draw)
-    stored = copy.deepcopy(ema).half().float()
-    save_teacher(run, ema, net.net_args, describe_captions(t2i, stored.net))
-    print(f"next: python 03_pixart_t2i.py --teacher {args.out}/teacher.pt")
+    def loss_of(x_0, t, *cond):
+        return dsm_loss(t2i.bind_caption(partial(drop_captions, net), cond, args.amp), x_0, t)
+
+    run, ema = train(args, net, (0.9, 0.99), draw, loss_of)
+    if run.is_first:
+        meta = describe_captions(t2i, round_half(ema).net)
+        save_half(run, "teacher", ema, net.net_args, meta, t_star=args.t_star)
+        print(f"next: python 03_pixart_t2i.py --teacher {args.out}/teacher.pt")
 
 
 def describe_captions(t2i, net):
@@ -161,10 +241,11 @@ def describe_captions(t2i, net):
 
 # ---- The command line ----
 def parse(argv):
-    words = sys.argv[1:] if argv is None else argv
     parser = plain_parser(__doc__)
     add = parser.add_argument
-    add("teacher", choices=RECIPES, help="of which stage: shapes (2) or miniature (3)")
+    add("net", choices=RECIPES, help="judge and fashion are of stage 2, miniature of stage 3")
+    add("--data", metavar="DIR", help="pictures, of judge and fashion")
+    add("--judge", metavar="FILE", help="a judge's file, to measure the samples of fashion")
     add("--amp", choices=("none", "bf16"), default="none", help="bf16 where the CPU has it")
     for flag, kind in (("--steps", count), ("--batch", count), ("--lr", positive),
                        ("--psi-mean", real), ("--psi-std", positive), ("--ema-half-life", positive),
@@ -173,16 +254,22 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--out", help="the run's folder")
     add("--fresh", action="store_true", help="start anew; an older run is moved aside")
-    recipe = RECIPES.get(words[0] if words else "", {})
-    parser.set_defaults(seed=0, batch_gpu=None, t_star=2.5, **recipe)  # t*: Table 5
-    return parser.parse_args(words)
+    args = parser.parse_args(argv)
+    parser.set_defaults(seed=0, batch_gpu=None, t_star=2.5, **RECIPES[args.net])  # t*: Table 5
+    noise = args.psi_mean is None and args.psi_std is None and args.amp == "none"
+    require(noise or args.net != "judge", "--psi-mean, --psi-std and --amp are not for judge")
+    require(args.net == "fashion" or not args.judge, "--judge is for fashion")
+    require(bool(args.data) == (args.net != "miniature"),
+            "judge and fashion learn from pictures, miniature does not: expected --data DIR")
+    return parser.parse_args(argv)
 
 
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
-    train = {"shapes": train_shapes, "miniature": train_miniature}[args.teacher]
-    train(args, pick_device(args.device))
+    train_net = {"fashion": train_unet, "judge": train_judge,
+                 "miniature": train_miniature}[args.net]
+    train_net(args, pick_device(args.device))
 
 
 if __name__ == "__main__":

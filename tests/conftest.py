@@ -74,6 +74,19 @@ def save_teacher(path, net_args=TINY):
     return path
 
 
+def save_judge(path, image_shape, classes=3):
+    """A judge that has learned nothing, and the moments of pictures of noise. -> the path"""
+    torch.manual_seed(1)
+    net_args = {"channels": image_shape[0], "side": image_shape[1], "classes": classes, "width": 4}
+    judge = edm.Judge(**net_args)
+    features = judge(torch.randint(256, (50, *image_shape)))[0].detach()
+    mu, sigma = common.moments(features)
+    meta = {"mu": mu, "sigma": sigma,
+            "floor": {"fd_floor": 0.5, "class_accuracy_floor": 0.9}}
+    common.save({"net_args": net_args, "state_dict": judge.state_dict(), "meta": meta}, path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp("teacher") / "tiny.pt")
@@ -98,7 +111,7 @@ def difference(a, b):
 
 
 # ---- Algorithm 2 by hand, with torch's own pieces and the paper's formulas ----
-DEFAULTS = {"method": "sim", "distance": "phuber", "weight": "", "sid_alpha": 1.0, "steps": 3,
+DEFAULTS = {"method": "sim", "distance": "phuber", "weight": "own", "sid_alpha": 1.0, "steps": 3,
             "batch": 8, "lr": 1e-3, "anneal": "none", "t_star": 2.5, "p_theta": "lognormal",
             "p_mean": -3.5, "p_std": 2.5, "psi_mean": -1.2, "psi_std": 1.2, "psi_updates": 1,
             "ema_half_life": 5e5, "adam_eps": 1e-8, "dropout": 0.0, "seed": 0}
@@ -123,7 +136,8 @@ def loss_theta(s, f, q, x_0):
     d_prime = (lambda y: y / norm(y, 0.001)) if name == "phuber" and not pairs else distance.d_prime
     y = f - q
     weight = 1 / (x_0 - q).abs().flatten(1).mean(1).detach()
-    weight = weight if (s.weight or {"sid": "sidwgt"}.get(s.method)) == "sidwgt" else 1
+    own = s.weight == "own" and s.method == "sid"
+    weight = weight if own or s.weight == "sidwgt" else 1
     return weight * {
         "sim": lambda: -by_sample(d_prime(y) * (f - x_0)),
         "sid": lambda: by_sample((q - f) * ((q - x_0) - s.sid_alpha * (q - f))),

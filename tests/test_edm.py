@@ -13,12 +13,13 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (DEFAULTS, ROOT, TINY, algorithm_2, changed, command, difference, edm, toy,
-                      trained, vector)
+from conftest import (DEFAULTS, ROOT, TINY, algorithm_2, changed, command, difference, edm,
+                      save_judge, toy, trained, vector)
 from PIL import Image
 from torch import nn
 
@@ -291,8 +292,8 @@ def small_run(tiny, folder, *options):
     return folder
 
 
-def train_alone(args, folder, d_q, meta, facts):
-    edm.train(args, d_q, edm.prepare(args, folder, d_q, facts), evaluate=dict)
+def train_alone(args, run, d_q, judge, known):
+    edm.train(args, d_q, run, evaluate=dict)
 
 
 @pytest.mark.parametrize("options", SETTINGS)
@@ -389,13 +390,14 @@ def test_an_error_of_ours_keeps_its_traceback(tiny, tmp_path, monkeypatch):
 def test_presets(capsys, monkeypatch):
     """Table 5 and (B.5)-(B.10) of arXiv 2410.16794v1, typed from there; and SiD's settings."""
     seen = []
+    finished = SimpleNamespace(finished=lambda: True)
     monkeypatch.setattr(edm, "load_teacher", lambda name: (nn.Linear(1, 1), {}, {}))
-    monkeypatch.setattr(edm, "distil", lambda args, *rest: seen.append(vars(args)))
+    monkeypatch.setattr(edm, "prepare", lambda args, *rest: seen.append(vars(args)) or finished)
     for options in ([], ["--preset", "sid"], ["--preset", "sid", "--sid-alpha", "1"]):
         edm.main(["--teacher", "uncond", *options, "--device", "cpu"])
     paper, sid, changed_sid = seen
     table_5 = {"batch": 256, "lr": 1e-5, "t_star": 2.5, "method": "sim", "anneal": "none",
-               "distance": "phuber,c=0.001", "weight": None, "psi_updates": 1, "sid_alpha": 1.0,
+               "distance": "phuber,c=0.001", "weight": "own", "psi_updates": 1, "sid_alpha": 1.0,
                "psi_mean": -1.2, "psi_std": 1.2, "p_mean": -3.5, "p_std": 2.5, "dropout": 0.13,
                "p_theta": "lognormal", "ema_half_life": 5e5, "adam_eps": 1e-8, "amp": "none"}
     assert {name: paper[name] for name in table_5} == table_5
@@ -405,48 +407,83 @@ def test_presets(capsys, monkeypatch):
 
 
 # ---- teachers ----
-@pytest.mark.parametrize("gpu, online, chosen", [
-    (False, True, "shapes"), (True, True, "uncond"), (True, False, "shapes")])
-def test_auto(gpu, online, chosen, monkeypatch, capsys):
-    def fetch(url):
-        if not online:
-            raise UserError("no network")
-    monkeypatch.setattr(edm, "fetch", fetch)
-    device = torch.device("cuda" if gpu else "cpu")
-    assert edm.choose_teacher("auto", device) == chosen
-    out = capsys.readouterr().out
-    assert not out if chosen == "uncond" else "since no network" in out or "no GPU here" in out
-    assert edm.choose_teacher("cond", device) == "cond"
-
-
-def test_the_embedded_teacher():
-    """Told the right class, it denoises its own samples better; and they are near true shapes."""
-    assert edm.SHAPES.stat().st_size < 3e6
-    net, _, meta = edm.load_denoiser(edm.SHAPES)
-    assert sum(w.numel() for w in net.parameters()) <= 1.5e6 and net.label_dim == 10
-    assert 0 < meta["fd_real"] < meta["fd_teacher"]
+def test_the_embedded_teacher_and_judge():
+    """The teacher makes what was asked for, says the judge, who is right about true pictures."""
+    assert edm.FASHION.stat().st_size < 3.5e6 and edm.JUDGE.stat().st_size < 5e5
+    net, _, meta = edm.load_denoiser(edm.FASHION)
+    judge = edm.load_judge(edm.JUDGE, net.image_shape)
+    assert sum(w.numel() for w in net.parameters()) <= 1.6e6 and net.label_dim == 10
+    assert judge.meta["floor"]["class_accuracy_floor"] >= 0.925
+    assert meta["judge_sha256"] == judge.sha256
+    assert 0 < judge.meta["floor"]["fd_floor"] < meta["judged"]["fd_teacher"]
     z, labels = common.draw_latents(range(40), net.image_shape, 10)
-    x_0 = edm.sample_teacher(net, z, labels, num_steps=6)
-    x_t = x_0 + 2 * common.draw_latents(range(40, 80), net.image_shape)[0]
-    error = lambda labels: (edm.bind_labels(net, labels)(
-        x_t, torch.tensor(2.0).reshape(1, 1, 1, 1)) - x_0).square().mean().item()
-    with torch.no_grad():
-        assert error(labels) < 0.8 * error(labels.roll(1, 1)) < x_0.var()
-    near, far = [edm.truth_distance(net, x, meta) for x in (x_0, z)]
-    assert meta["fd_teacher"] < near < far / 5
+    made = edm.grade(judge, edm.sample_teacher(net, z, labels, num_steps=6), labels)
+    noise = edm.grade(judge, z, labels)
+    assert made["class_accuracy"] > 0.6 > noise["class_accuracy"] and made["fd"] < noise["fd"] / 3
+    assert edm.grade(judge, edm.sample_teacher(net, z, labels.roll(1, 1), num_steps=6),
+                     labels)["class_accuracy"] < 0.3
+
+
+def test_the_judge(tmp_path):
+    """Its figures by hand; and files that it does not fit."""
+    file = save_judge(tmp_path / "judge.pt", (3, 8, 8))
+    judge, x = edm.load_judge(file, (3, 8, 8)), torch.randn(20, 3, 8, 8)
+    labels = torch.eye(3)[torch.arange(20) % 3]
+    seen = [judge(common.to_uint8(one)) for one in x.split(1)]
+    features, logits = [torch.cat(v).detach() for v in zip(*seen)]
+    found = edm.grade(judge, x, labels, batch=7)
+    expected = common.frechet_distance(features.double().mean(0), torch.cov(features.double().T),
+                                       judge.meta["mu"], judge.meta["sigma"])
+    assert found["fd"] == pytest.approx(expected, rel=1e-4)
+    assert found["class_accuracy"] == (logits.argmax(1) == torch.arange(20) % 3).double().mean()
+    assert edm.grade(judge, x, labels[:, :0]).keys() == {"fd"}
+    saved = torch.load(file, weights_only=True)
+    common.save(saved | {"meta": {"mu": 0}}, tmp_path / "bare.pt")
+    for path, shape in ((file, (1, 8, 8)), (tmp_path / "none.pt", (3, 8, 8)), (PKL, (3, 8, 8)),
+                        (tmp_path / "bare.pt", (3, 8, 8))):
+        with pytest.raises(UserError, match="expected a judge of images"):
+            edm.load_judge(path, shape)
+
+
+def test_a_run_with_a_judge(tiny, tmp_path, quick, monkeypatch, capsys):
+    """Figures in the log, the best generator, and what the judge's file says of true pictures."""
+    monkeypatch.setattr(edm, "LOOK", 20)
+    monkeypatch.setattr(edm, "FINAL", 30)
+    file = save_judge(tmp_path / "judge.pt", (3, 8, 8))
+    folder = small_run(tiny, tmp_path / "run", "--judge", str(file))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["n"] == 30 and metrics["fd_floor"] == 0.5 and "fd_teacher" not in metrics
+    g, t_star, _ = edm.load_denoiser(folder)
+    z, labels = common.draw_latents(range(30), (3, 8, 8), 3)
+    judge = edm.load_judge(file, (3, 8, 8))
+    found = edm.grade(judge, edm.sample_one_step(g, t_star, z, labels), labels)
+    assert found == pytest.approx({key: metrics[key] for key in found}, rel=1e-6)
+    fds = [json.loads(line)["fd"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    best = torch.load(folder / "g_best.pt", weights_only=True)
+    assert len(fds) == 4 and best["meta"]["step"] == fds.index(min(fds))
+    assert "neither is FID" in capsys.readouterr().out
 
 
 def test_the_default_command(tmp_path, quick, monkeypatch, capsys):
-    monkeypatch.setattr(edm, "FD_IMAGES", 50)
+    monkeypatch.setattr(edm, "LOOK", 40)
+    monkeypatch.setattr(edm, "FINAL", 50)
     edm.main(["--steps", "1", "--batch", "4", "--device", "cpu", "--out", str(tmp_path / "run")])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["teacher"] == "shapes" and metrics["fd"] >= metrics["fd_best"]
-    assert metrics["fd"] > metrics["fd_teacher"] > metrics["fd_real"]
+    assert {"teacher", "method", "distance", "seed", "steps", "seconds", "fd", "fd_teacher", "n",
+            "fd_floor", "class_accuracy", "class_accuracy_teacher"} <= metrics.keys()
+    assert metrics["teacher"] == "fashion" and metrics["method"] == "sim"
+    assert metrics["fd"] > metrics["fd_teacher"] > metrics["fd_floor"]
     out = capsys.readouterr().out
-    assert (tmp_path / "run" / "g_best.pt").exists() and "it is not FID" in out
-    assert "no GPU here" in out and "--teacher uncond" in out
+    assert f"{metrics['class_accuracy_teacher']:.1%}" in out
     args = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert args["preset"] == "shapes" and args["t_star"] == 5.0
+    assert args["preset"] == "fashion" and args["t_star"] == edm.PRESETS["fashion"]["t_star"]
+
+
+def test_runs_of_version_1s_shapes(tiny, tmp_path, refused):
+    saved = torch.load(tiny, weights_only=True)
+    common.save(saved | {"meta": {"teacher": "shapes"}}, tmp_path / "g_ema.pt")
+    for typed in (["--sample", tmp_path], ["--teacher", tmp_path], ["--teacher", "shapes"]):
+        assert "drawn shapes" in refused(edm.main, typed)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -520,12 +557,15 @@ def returning(y):
 number, half, shapeless = lambda: 3, lambda: Foreign().half(), lambda: nn.Linear(1, 1)
 cropping, pair = lambda: returning(lambda x: x[:, :1]), lambda: returning(lambda x: (x, x))
 failing = lambda: int("two\nlines")
+constant, detached = lambda: returning(torch.zeros_like), lambda: returning(torch.Tensor.detach)
+infinite = lambda: returning(lambda x: x / 0)
 
 
 @pytest.mark.parametrize("name, text", [
     ("number", "a int is no torch module"), ("half", "not in float32"), ("failing", "two"),
     ("shapeless", "image_shape"), ("no_such_function", "no_such_function"),
-    ("cropping", "(1, 3, 8, 8) becomes (1, 1, 8, 8)"), ("pair", "tuple")])
+    ("cropping", "(1, 3, 8, 8) becomes (1, 1, 8, 8)"), ("pair", "tuple"),
+    ("constant", "no gradient"), ("detached", "no gradient"), ("infinite", "not finite")])
 def test_wrong_teachers_of_the_users_own(name, text, tmp_path, refused):
     line = refused(edm.main, [*SHORT, "--teacher", f"{__name__}:{name}", "--out", tmp_path / "run"])
     assert text in line and "expected a function that returns a denoiser" in line
@@ -553,26 +593,27 @@ def test_sampling(tiny, tmp_path, refused, capsys):
     assert "not empty" in refused(edm.main, [*typed, "--out", tmp_path / "folder"])
     edm.main(typed)  # the default place: beside the file
     with Image.open(tiny.parent / "samples-5-seed-0.png") as image:
-        assert image.height == 480 and image.width == 2 * 160
+        assert image.height == 600 and image.width == 25 * 16
     edm.main([*typed, "--n", "1", "--out", str(tmp_path / "one.png")])
     with Image.open(tmp_path / "one.png") as image:
-        assert image.size == (480, 480)
+        assert image.size == (600, 600)
 
 
 @pytest.mark.parametrize("options", [
-    "--teacher no/such/file.pkl", "--teacher README.md", "--teacher no.module:function",
+    "--teacher no/such/file.pkl", "--teacher shapes", "--judge README.md", "--judge no.pt",
+    "--teacher README.md", "--teacher no.module:function",
     "--teacher common:l2", "--teacher a:b:c", "--teacher .x:f", "--teacher a{x}.pkl", "--batch 0",
     "--batch-gpu 9", "--preset x", "--amp fp16", "--p-mean nan", "--dropout -1", "--dropout 1",
     "--distance l2,c=1", "--device meta", f"--seed {10**30}", "--adam-eps 0", "--p-theta x",
-    "--sample tests", "--sample README.md", "--sample SHAPES --classes 10", "--classes a",
-    "--sample SHAPES --classes -1", "--sample SHAPES --out x.jpg", "--sample SHAPES --n 0",
-    "--sample SHAPES --teacher-sample --teacher PKL",
-    "--sample SHAPES --teacher-sample --teacher auto"])
+    "--sample tests", "--sample README.md", "--sample FASHION --classes 10", "--classes a",
+    "--sample FASHION --classes -1", "--sample FASHION --out x.jpg", "--sample FASHION --n 0",
+    "--sample FASHION --teacher-sample --teacher PKL",
+    "--sample FASHION --teacher-sample --teacher none"])
 def test_mistakes(options, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(ROOT)
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "assets").iterdir()}
-    options = options.replace("SHAPES", str(edm.SHAPES)).replace("PKL", str(PKL)).split()
-    refused(edm.main, ["--teacher", "shapes", "--batch", "8", "--out", tmp_path / "run", *options])
+    options = options.replace("FASHION", str(edm.FASHION)).replace("PKL", str(PKL)).split()
+    refused(edm.main, ["--batch", "8", "--out", tmp_path / "run", *options])
     assert not list(tmp_path.iterdir())
     assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "assets").iterdir()}
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +13,16 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+from conftest import ROOT, TINY, save_judge, save_teacher
+
 import common
 import eval_fid
 from common import UserError, draw_latents, moments, save, to_uint8
 from eval_fid import (Images, frechet_distance, inception_score, kernel_distance, one_pass,
                       precision_recall)
-from lab.shapes import draw_shapes
 
 edm = importlib.import_module("02_edm_cifar")
-ROOT = Path(__file__).parent.parent
-IMAGES = to_uint8(draw_shapes(40, 1)[0])
+IMAGES = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(3)).byte()
 DETECTOR = "inception-2015-12-05.pt"
 random = np.random.default_rng(0)
 
@@ -161,21 +160,21 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     with pytest.warns(DeprecationWarning):
         torch.jit.script(Inception()).save(folder / "checkpoints" / DETECTOR)
-    net = edm.load_denoiser(edm.SHAPES)[0]  # a bad generator, but one whose images differ
-    save_generator(folder / "g.pt", net.state_dict(), {})
+    save_teacher(folder / "g.pt")  # a bad generator, but one whose images differ
+    save_judge(folder / "judge.pt", (3, 8, 8))
     write_images(folder / "images", IMAGES)
     return folder
 
 
 def save_generator(path, state, meta):
-    net_args = edm.load_denoiser(edm.SHAPES)[0].net_args
-    save({"net_args": net_args, "state_dict": state, "t_star": 2.5, "meta": meta}, path)
+    save({"net_args": TINY, "state_dict": state, "t_star": 2.5, "meta": meta}, path)
 
 
 def write_images(folder, images):
     folder.mkdir()
     for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
+        pixels = image.permute(1, 2, 0).numpy()
+        Image.fromarray(pixels.squeeze()).save(folder / f"{i:03}.png")
 
 
 def means(result):
@@ -203,7 +202,7 @@ def evaluate(place, monkeypatch, tmp_path, capsys):
 def test_fid_and_inception_score_of_a_generator(evaluate, place):
     """By the real path, against numpy: images from their seeds, moments and root anew."""
     result = evaluate("g.pt", "images", "--n", 30, "--batch", 7, "--seed", 5)
-    z, labels = draw_latents(range(5, 35), (3, 16, 16), 10)
+    z, labels = draw_latents(range(5, 35), (3, 8, 8), 3)
     x = edm.sample_one_step(edm.load_denoiser(place / "g.pt")[0], 2.5, z, labels).numpy()
     images = np.clip(np.trunc(x * 127.5 + 128), 0, 255).astype(np.uint8)
     detector = Inception()
@@ -269,32 +268,49 @@ def test_statistics_of_a_generator_have_seeds_of_no_trial(evaluate, tmp_path, mo
     assert sorted(set(seen) - {0}) == [*range(10**9, 10**9 + 10)]
 
 
-def test_teacher_features_are_compared_with_true_shapes(evaluate, place, tmp_path, capsys):
-    """The moments in the teacher's file, by default; true shapes in a file allow KID as well."""
-    net, _, meta = edm.load_denoiser(edm.SHAPES)
-    np.savez(tmp_path / "true.npz", images=IMAGES.permute(0, 2, 3, 1).numpy())
-    result = evaluate("g.pt", "--features", "teacher", "--n", 20, "--nfe", 3)
-    assert means(result).keys() == {"FD-teacher-20"} and result["source"] == "3 evaluations of g.pt"
-    assert "which is not FID" in capsys.readouterr().out and result["reference"] == "true shapes"
-    x = edm.sample_teacher(net, *draw_latents(range(20), (3, 16, 16), 10), num_steps=2)
-    expected = edm.truth_distance(net, to_uint8(x) / 127.5 - 1, meta)
-    assert means(result)["FD-teacher-20"] == pytest.approx(expected, rel=1e-6)
-    true = means(evaluate(tmp_path / "true.npz", "--features", "teacher"))
-    assert true["FD-teacher-40"] < 0.3 * expected
-    again = means(evaluate("g.pt", tmp_path / "true.npz", "--features", "teacher", "--n", 20))
-    assert {"FD-teacher-20", "KID-teacher-20", "recall-teacher-20"} < again.keys()
+def test_the_judges_features(evaluate, place, tmp_path, capsys):
+    """The moments in the judge's file, by default; true pictures in a file allow KID as well."""
+    words = ("--features", "judge", "--judge", "judge.pt", "--n", 20)
+    result = evaluate("g.pt", *words, "--nfe", 3)
+    assert means(result).keys() == {"FD-judge-20", "IS-judge-20", "IS-judge-20 (std of splits)"}
+    assert "which is not FID" in capsys.readouterr().out and "judge.pt" in result["reference"]
+    net, judge = edm.load_denoiser(place / "g.pt")[0], edm.load_judge(place / "judge.pt", (3, 8, 8))
+    z, labels = draw_latents(range(20), (3, 8, 8), 3)
+    x = edm.sample_teacher(net, z, labels, num_steps=2)
+    expected = edm.grade(judge, x, labels)["fd"]
+    assert means(result)["FD-judge-20"] == pytest.approx(expected, rel=1e-5)
+    pictures = to_uint8(torch.randn(30, 3, 8, 8)).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "true.npz", images=pictures, labels=np.arange(30))
+    again = means(evaluate("g.pt", tmp_path / "true.npz", *words))
+    assert {"FD-judge-20", "KID-judge-20", "recall-judge-20"} < again.keys()
+
+
+def test_grey_images(evaluate, place, tmp_path):
+    """As PNGs, as (N, H, W) and (N, H, W, 1): the same; Inception sees them as RGB of one value."""
+    grey = IMAGES[:, :1]
+    write_images(tmp_path / "grey", grey)
+    write_images(tmp_path / "rgb", grey.expand(-1, 3, -1, -1))
+    np.savez(tmp_path / "a.npz", images=grey[:, 0].numpy())
+    np.savez(tmp_path / "b.npz", images=grey[:, 0, :, :, None].numpy())
+    found = [means(evaluate(tmp_path / name, "images"))
+             for name in ("grey", "rgb", "a.npz", "b.npz")]
+    assert found[0] == found[2] == found[3]
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-9)
+    judge = save_judge(tmp_path / "judge.pt", (1, 16, 16))
+    assert "FD-judge-40" in means(evaluate(tmp_path / "grey", "--features", "judge",
+                                           "--judge", judge))
 
 
 def test_a_run_names_its_teacher(evaluate, place, tmp_path):
-    run, words = tmp_path / "run", ("--features", "teacher", "--n", 3)
+    run, words = tmp_path / "run", ("images", "--n", 3)
     state = torch.load(place / "g.pt", weights_only=True)["state_dict"]
     run.mkdir()
-    save_generator(run / "g_ema.pt", state, {"teacher": str(edm.SHAPES)})
+    save_generator(run / "g_ema.pt", state, {"teacher": str(place / "g.pt")})
     assert evaluate(run, *words)["source"] == f"{run}, one step from t* = 2.5"
     eval_fid.main([str(run), *map(str, words), "--device", "cpu"])  # its result is beside it
     assert len(json.loads((run / "fid.json").read_text())) == 1
     of_run = evaluate(run, *words, "--nfe", 5)
-    of_teacher = evaluate(edm.SHAPES, *words, "--nfe", 5)
+    of_teacher = evaluate(place / "g.pt", *words, "--nfe", 5)
     assert means(of_run) == means(of_teacher)
     assert of_run["source_sha256"] == of_teacher["source_sha256"]
     save_generator(run / "g_ema.pt", state, {"teacher": "os:getcwd"})  # a file imports nothing
@@ -320,9 +336,9 @@ def test_what_is_measured_is_said_and_done(evaluate, capsys):
     assert means(usual) != means(other) and other["source"].endswith("t* = 0.3")
     assert "IS-5" not in means(usual)  # ten splits need ten images
     assert means(evaluate("g.pt", "images", "--n", 5)) == means(usual)
-    taught = evaluate("g.pt", "images", "--n", 5, "--nfe", 3, "--teacher", "shapes")
-    assert taught["source"] == "3 evaluations of shapes, teacher of g.pt"
-    assert means(taught) != means(usual) and taught["source_sha256"] == common.sha256(edm.SHAPES)
+    taught = evaluate("g.pt", "images", "--n", 5, "--nfe", 3, "--teacher", "fashion")
+    assert taught["source"] == "3 evaluations of fashion, teacher of g.pt"
+    assert means(taught) != means(usual) and taught["source_sha256"] == common.sha256(edm.FASHION)
     digest, pkl = usual["detector_sha256"], ROOT / "tests" / "fixtures" / "ddpmpp-uncond.pkl"
     pkl = evaluate(pkl, "images", "--n", 4, "--detector-sha256", digest.upper())
     assert pkl["source"].endswith(".pkl, one step from t* = 2.5")
@@ -357,8 +373,9 @@ def test_ranks_share_the_samples_and_agree(place):
 
 # ---- What a user can do wrong ----
 @pytest.mark.parametrize("kind, message", (
-    ("grey", "zzz.png cannot be used (L, ("), ("alpha", "RGBA"), ("bitmap", "cannot identify"),
-    ("large", "(20, 16)): expected a PNG or JPEG, RGB, of (16, 16) pixels"), ("cut", "zzz.png")))
+    ("grey", "zzz.png cannot be used (its shape is (16, 16, 1)"), ("alpha", "its mode is RGBA"),
+    ("bitmap", "cannot identify"), ("cut", "zzz.png"),
+    ("large", "(16, 20, 3)): expected a PNG or JPEG, grey or RGB, of shape (16, 16, 3)")))
 def test_bad_images(kind, message, evaluate, tmp_path):
     write_images(tmp_path / "bad", IMAGES[:3])
     image, last = Image.open(tmp_path / "bad" / "000.png"), tmp_path / "bad" / "zzz.png"
@@ -402,11 +419,15 @@ def test_bad_sources_and_flags(evaluate, tmp_path, monkeypatch):
             (["g.pt", "images", "--nfe", 3, "--t-star", 1], "--t-star"),
             (["g.pt", "images", "--n", 1], "at least 2"),
             (["g.pt", "images", "--features", "pixels"], "pixels"),
-            (["g.pt"], "true shapes cannot be used (it has teacher features)"),
-            (["g.pt", "cifar10", "--features", "teacher"], "inception features"),
+            (["g.pt"], "name a reference"),
+            (["g.pt", "judge"], "judge"),
+            (["g.pt", "cifar10", "--features", "judge", "--judge", "judge.pt"], "inception fea"),
             ([tmp_path / "large"], "name a reference"),
-            ([tmp_path / "large", "images", "--features", "teacher"], "expects (3, 16, 16)"),
-            (["images", tmp_path / "large", "--features", "teacher"], "(3, 64, 64)"),
+            (["g.pt", "--features", "judge"], "a judge of images (1, 28, 28)"),
+            (["g.pt", "images", "--judge", "judge.pt"], "--judge is for"),
+            (["g.pt", "--features", "judge", "--judge", "judge.pt", "--detector-sha256", "0"],
+             "--detector-sha256 is for"),
+            (["g.pt", "images", "--features", "judge", "--judge", "judge.pt"], "(3, 16, 16)"),
             (["images", "images", "--detector-sha256", "0" * 64], "expects another"),
             (["images", "--stats", "x.pt"], "expected a new .npz"),
             (["g.pt", "--stats", "no/such/folder.npz"], "in a folder that is there"),
@@ -419,14 +440,14 @@ def test_bad_arrays(evaluate, tmp_path):
     file, images = tmp_path / "x.npz", IMAGES.permute(0, 2, 3, 1).numpy()
     sigma = np.eye(6)
     for arrays, message in (
-            ({"images": images[..., :1]}, "expected one array of images"),
+            ({"images": images[..., :2]}, "expected one array of images"),
             ({"images": images[:0]}, "expected one array of images"),
             ({"images": images.astype(np.float32) * np.nan}, "expected one array of images"),
             ({"a": images, "b": images}, "a uint8 (40, 16, 16, 3), b uint8"),
             ({"images": np.array([{}])}, "cannot be used"),
             ({"mu": np.zeros(6)}, "expected mu (6,) and sigma (6, 6)"),
             ({"mu": np.zeros(5), "sigma": np.eye(5)}, "mu is (5,)"),
-            ({"mu": np.zeros(6), "sigma": sigma, "features": "teacher"}, "teacher features"),
+            ({"mu": np.zeros(6), "sigma": sigma, "features": "judge"}, "judge features"),
             ({"mu": np.zeros(6), "sigma": sigma, "detector_sha256": "0"}, "another detector"),
             ({"mu": np.zeros(6, dtype=complex), "sigma": sigma}, "mu is not finite"),
             ({"mu": np.zeros(6), "sigma": sigma * np.nan}, "sigma is not finite")):

@@ -209,15 +209,21 @@ def test_di_loss_has_the_gradient_y():
 
 def test_the_flags_choose_the_loss(capsys):
     """--method and --weight, and the loss that each stands for."""
-    flags = lambda **more: Namespace(**{"method": "sim", "weight": None, "sid_alpha": 1.2,
+    flags = lambda **more: Namespace(**{"method": "sim", "weight": "own", "sid_alpha": 1.2,
                                         "distance": "l2"} | more)
-    call = lambda **more: make_generator_loss(flags(**more), l2())(PSI, Q, X_0, T, eps=EPS)[0]
+    call = lambda **more: make_generator_loss(flags(**more))[0](PSI, Q, X_0, T, eps=EPS)[0]
     assert torch.equal(call(), sim_loss(PSI, Q, X_0, T, l2(), EPS)[0])
     assert torch.equal(call(weight="sidwgt"), sim_loss(PSI, Q, X_0, T, l2(), EPS, sidwgt)[0])
     assert torch.equal(call(method="sid"), sid_loss(PSI, Q, X_0, T, 1.2, EPS)[0])
     plain = sid_loss(PSI, Q, X_0, T, 1.2, EPS, common.nowgt)[0]
     assert torch.equal(call(method="sid", weight="nowgt"), plain)
     assert torch.equal(call(method="di"), di_loss(PSI, Q, X_0, T, EPS)[0])
+    other = lambda psi, q, x_0, t, distance, eps: (distance.d(x_0), None)
+    loss, distance = make_generator_loss(flags(method="x", distance="huber,delta=2"), {"x": other})
+    assert torch.equal(loss(PSI, Q, X_0, T, eps=EPS)[0], huber(2).d(X_0))
+    assert torch.equal(distance.d_prime(X_0), huber(2).d_prime(X_0))
+    with pytest.raises(UserError, match="not for x"):
+        make_generator_loss(flags(method="x", weight="nowgt"), {"x": other})
     assert not capsys.readouterr().out
     call(distance="l1")
     out = capsys.readouterr().out

@@ -236,7 +236,8 @@ def test_losses_and_weights_that_are_not_finite(tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_bytes() == good[tmp_path / "run" / name]
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "other network", "pickle", "list", "log"])
+@pytest.mark.parametrize("damage", ["cut", "foreign", "other network", "pickle", "list",
+                                    "moments", "log"])
 def test_damaged_checkpoints(damage, tmp_path):
     small_run(tmp_path / "run")
     path = tmp_path / "run" / ("log.jsonl" if damage == "log" else "ckpt.pt")
@@ -244,8 +245,10 @@ def test_damaged_checkpoints(damage, tmp_path):
         path.write_bytes(path.read_bytes()[:1000] if damage == "cut" else b"not json\n")
     else:
         state = torch.load(path, weights_only=True)
+        adam = state["opt"]["state"][0] | {"exp_avg": torch.zeros(3)}  # a fused Adam would crash
+        broken = state["opt"] | {"state": state["opt"]["state"] | {0: adam}}
         torch.save({"foreign": {"model": torch.ones(3)}, "list": [1, 2],
-                    "pickle": state | {"step": Path("x")},
+                    "moments": state | {"opt": broken}, "pickle": state | {"step": Path("x")},
                     "other network": state | {"net": {"weight": torch.ones(3, 3)}}}[damage], path)
     before = content(tmp_path)
     with pytest.raises(UserError, match=f"{path.name} cannot be used .*--fresh"):
@@ -298,6 +301,8 @@ def test_pictures(tmp_path):
     grid = np.array(image_grid(images, columns=2))
     assert grid.shape == (8, 10, 3) and (grid[4:, 5:] == 0).all() and (grid[:4, :5] == 100).all()
     assert (grid[:4, 5:] == 101).all() and (grid[4:, :5] == 102).all()
+    grey = torch.linspace(-1, 1, 24).reshape(2, 2, 3, 2)[:, :1]  # of two channels the first one
+    assert (np.array(image_grid(grey)) == common.to_uint8(grey).reshape(6, 2).numpy()).all()
     save_picture(image_grid(images[:1]), tmp_path / "a.gif",
                  [image_grid(images[1:2]), image_grid(images[2:])])
     with Image.open(tmp_path / "a.gif") as gif:

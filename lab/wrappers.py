@@ -1,0 +1,81 @@
+"""Other people's networks as denoisers, D(x, t) = E[x_0 | x_0 + t eps = x], which stage 2 distils.
+
+A wrapper stands in a file of yours, beside 02_edm_cifar.py, in a function that returns it:
+
+    from lab.wrappers import DDPM
+    def my_teacher():
+        return DDPM(my_net, alphas_bar, "eps", image_shape=(3, 32, 32))
+
+Then `python 02_edm_cifar.py --teacher my_file:my_teacher`. A network is called as net(input, time)
+or, if label_dim > 0, as net(input, time, one_hot), with time of shape (B,). Below, u is a noisy
+image in the network's own units, u = u_0 + t eps with t (B, 1, 1, 1); tau is the network's time.
+"""
+import torch
+from torch import nn
+
+
+class Wrapper(nn.Module):
+    """What all wrappers share. The network knows data u_0 = scale x_0 + shift, where x_0 is what
+    stage 2 sees: in [-1, 1] for its pictures, and near 0 where there is nothing."""
+    def __init__(self, net, image_shape, label_dim=0, scale=1.0, shift=0.0):
+        super().__init__()
+        self.net, self.image_shape, self.label_dim = net, tuple(image_shape), label_dim
+        self.scale, self.shift = scale, shift
+
+    def forward(self, x, t, class_labels=None):
+        labels = () if class_labels is None else (class_labels,)
+        u_0 = self.denoise(self.scale * x + self.shift, self.scale * t, *labels)
+        return (u_0 - self.shift) / self.scale
+
+
+class DDPM(Wrapper):
+    """A network of steps 0 ... n - 1, where step i has alphas_bar[i] (n,), falling: its input is
+    y = sqrt(abar) u_0 + sqrt(1 - abar) eps, of the noise level t^2 = (1 - abar) / abar. The network
+    predicts "eps", "x_0" or "v" = sqrt(abar) eps - sqrt(1 - abar) u_0 (Salimans and Ho 2022)."""
+    def __init__(self, net, alphas_bar, predicts, image_shape, **options):
+        super().__init__(net, image_shape, **options)
+        alphas_bar = torch.as_tensor(alphas_bar, dtype=torch.float64)
+        self.predicts = {"eps": self.from_eps, "v": self.from_v, "x_0": self.from_x_0}[predicts]
+        self.register_buffer("levels", ((1 - alphas_bar) / alphas_bar).sqrt().float(), False)
+
+    def denoise(self, u, t, *labels):
+        step = (self.levels - t.reshape(-1, 1)).abs().argmin(1)
+        y = u / (1 + t**2).sqrt()
+        return self.predicts(u, y, t, self.net(y, step, *labels))
+
+    def from_eps(self, u, y, t, eps):
+        return u - t * eps
+
+    def from_v(self, u, y, t, v):
+        return (y - t * v) / (1 + t**2).sqrt()  # sqrt(abar) y - sqrt(1 - abar) v
+
+    def from_x_0(self, u, y, t, x_0):
+        return x_0
+
+
+class VPScore(Wrapper):
+    """The score of y = alpha u at a continuous time tau in [0, 1], variance preserving (Song et al.
+    2021): -2 log alpha = beta_min tau + (beta_max - beta_min) tau^2 / 2."""
+    def __init__(self, net, image_shape, beta_min=0.1, beta_max=20.0, **options):
+        super().__init__(net, image_shape, **options)
+        self.beta_min, self.slope = beta_min, beta_max - beta_min
+
+    def denoise(self, u, t, *labels):
+        integral = torch.log1p(t**2)  # -2 log alpha, since alpha^2 = 1 / (1 + t^2)
+        tau = ((self.beta_min**2 + 2 * self.slope * integral).sqrt() - self.beta_min) / self.slope
+        alpha = 1 / (1 + t**2).sqrt()
+        return u + t**2 * alpha * self.net(alpha * u, tau.flatten(), *labels)  # (B.3)
+
+
+class VEScore(Wrapper):
+    """The score of u at noise level t (variance exploding): net(u, t)."""
+    def denoise(self, u, t, *labels):
+        return u + t**2 * self.net(u, t.flatten(), *labels)
+
+
+class RectifiedFlow(Wrapper):
+    """The velocity v(y, tau) = E[eps - u_0 | y] of y = (1 - tau) u_0 + tau eps, tau in [0, 1]."""
+    def denoise(self, u, t, *labels):
+        tau = t / (1 + t)
+        y = (1 - tau) * u
+        return y - tau * self.net(y, tau.flatten(), *labels)

@@ -6,7 +6,7 @@
     python 02_edm_cifar.py --sample runs/fashion-sim-phuber-0 --n 64 --teacher-sample
 
 The lines of Algorithm 2 are those of 01_toy_2d.py; the network, the teacher and the shape of the
-data differ. Expect pictures of the right kind of garment: a classifier, called the judge, counts.
+data differ. Expect pictures of the right kind of garment; a classifier, the judge, measures them.
 """
 import importlib
 import io
@@ -38,12 +38,13 @@ PAPER = {  # Table 5, (B.5)-(B.10); the paper leaves steps, EMA, dropout and eps
 PRESETS = {
     "paper": PAPER,
     "sid": PAPER | {"method": "sid", "sid_alpha": 1.2, "p_theta": "karras"},  # SiD's code
-    "fashion": PAPER | {  # measured: images this small need more of the large noise levels
+    "fashion": PAPER | {  # the best of a few tries (lab/RESULTS.md), not of a search
         "steps": 450, "batch": 16, "lr": 4e-4, "anneal": "linear", "t_star": 5.0, "p_mean": 0.0,
         "p_std": 1.6, "psi_mean": 0.0, "psi_std": 1.6, "ema_half_life": 2e3, "dropout": 0.0,
         "save_every": 100, "log_every": 10}}
 FASHION, JUDGE = [Path(__file__).parent / "assets" / f"fashion_{name}.pt"
                   for name in ("teacher", "judge")]  # lab/teachers.py made both
+GONE = "version 1's drawn shapes are no longer here, and fashion took their place (lab/SHAPES.md)"
 LOOK, FINAL = 500, 10_000  # generated images that the judge sees at a look, and at the end
 VP = {"img_resolution": 32, "augment_dim": 9, "dropout": 0.13}
 VE = VP | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual",
@@ -309,7 +310,8 @@ def load_edm_pickle(path):
 
 # ---- The judge: a classifier, which no teacher and no generator has learned from ----
 class Judge(nn.Module):
-    """Images, uint8 (B, channels, side, side) -> features (B, 4 width), logits (B, classes)."""
+    """Images, uint8 (B, channels, side, side) -> features (B, 4 width), logits (B, classes). The
+    network is ours, and its sizes were chosen for 0.5 MB and 92.5 % (lab/RESULTS.md)."""
     def __init__(self, channels, side, classes, width=24):
         super().__init__()
 
@@ -337,8 +339,8 @@ def load_judge(path, image_shape):
         judge = load_frozen(Judge, saved["net_args"], saved["state_dict"])
         judge.meta, judge.sha256 = dict(saved["meta"]), sha256(path)
         net_args, d = saved["net_args"], judge.head.in_features
-        of = (net_args["channels"], net_args["side"], net_args["side"])
-        require(of == tuple(image_shape), f"a judge of images {of}")
+        shape = (net_args["channels"], net_args["side"], net_args["side"])
+        require(shape == tuple(image_shape), f"a judge of images {shape}")
         require(judge.meta["mu"].shape == (d,) and judge.meta["sigma"].shape == (d, d) and
                 "fd_floor" in judge.meta["floor"], "without the moments of true images")
     return judge
@@ -349,12 +351,28 @@ def grade(judge, images, labels, batch=500):
     """Images (N, C, H, W) and the classes that were asked for, one-hot labels (N, classes) -> "fd",
     the Frechet distance to true images in the judge's features, which is not FID, and
     "class_accuracy", the share of images in which the judge sees that class."""
-    features, logits = [torch.cat(v).cpu() for v in zip(*map(judge, to_uint8(images).split(batch)))]
+    seen = [judge(x) for x in to_uint8(images).split(batch)]
+    features, logits = [torch.cat(v).cpu() for v in zip(*seen)]
     figures = {"fd": distance_to_truth(features, judge.meta)}
     if labels.shape[1] == logits.shape[1]:
         right = logits.argmax(1) == labels.argmax(1).cpu()
         figures["class_accuracy"] = right.double().mean().item()
     return figures
+
+
+def find_judge(args, d_q, meta):
+    """-> the judge of a run, or None; and what the judge's and the teacher's files say already: the
+    figures of true images and, if this judge saw the teacher's samples, those of the teacher."""
+    if not (args.judge or args.teacher == "fashion"):
+        return None, {}
+    judge = load_judge(args.judge or JUDGE, d_q.image_shape)
+    classes = judge.head.out_features
+    require(d_q.label_dim in (0, classes),
+            f"the judge knows {classes} classes, the teacher {d_q.label_dim}")
+    known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
+    if meta.get("judge_sha256") == judge.sha256:
+        known |= meta["judged"]
+    return judge.to(next(d_q.parameters()).device), known
 
 
 # ---- Teachers ----
@@ -364,15 +382,14 @@ def load_denoiser(path, teacher=None):
     if str(path).endswith(".pkl") and Path(path).is_file():
         return load_edm_pickle(path), PAPER["t_star"], {}  # t*: that of SiD's generators
 
-    given = teacher if teacher and ":" in teacher else None
+    function = teacher if teacher and ":" in teacher else None
 
     def build(own=None, **net_args):
-        require(not own or given, f"the network is that of --teacher {own}: add this option")
-        return import_teacher(given) if own else make_unet(**net_args)
+        require(not own or function, f"the network is that of --teacher {own}: add this option")
+        return import_teacher(function) if own else make_unet(**net_args)
 
-    net, t_star, meta = load_generator(path, build, "cpu" if given else "meta")
-    require(meta.get("teacher") != "shapes", f"{path} was distilled from version 1's drawn shapes, "
-            "which are no longer here: python 02_edm_cifar.py makes a new run, of Fashion-MNIST")
+    net, t_star, meta = load_generator(path, build, "cpu" if function else "meta")
+    require(meta.get("teacher") != "shapes", f"{path}: {GONE}")
     return net, t_star, meta
 
 
@@ -403,8 +420,7 @@ def load_teacher(name):
     if name in CIFAR:
         path = fetch(URL.format(name if "-" in name else f"{name}-vp"))
     path = path / "g_ema.pt" if path.is_dir() else path
-    require(name != "shapes" or path.exists(), "--teacher shapes: version 1's drawn shapes are no "
-            "longer here, and fashion took their place (lab/SHAPES.md)")
+    require(name != "shapes" or path.exists(), f"--teacher shapes: {GONE}")
     require(path.exists(), f"--teacher {name}: no such file, and none of fashion, "
             f"{', '.join(CIFAR)} or package.module:function")
     net, _, meta = load_denoiser(path)
@@ -509,8 +525,8 @@ def prepare(args, folder, d_q, facts):
 
 
 def distil(args, run, d_q, judge, known):
-    """Train, with looks at the generator; then teacher and one step side by side. `judge` may be
-    None; `known` is what the judge says of the teacher."""
+    """Train, with looks at the generator; then teacher and one step side by side. judge and known
+    come from find_judge."""
     for net in (run.d_psi, run.g, d_q) if args.compile else ():
         net.compile()
     classes, shape, device = d_q.label_dim, d_q.image_shape, next(d_q.parameters()).device
@@ -518,17 +534,17 @@ def distil(args, run, d_q, judge, known):
     shown = [v.to(device) for v in draw_latents(range(80), shape, classes, by_rows)]
     one_step = partial(sample_one_step, run.g_ema, args.t_star)
 
-    def judged(n):
-        """What the judge, if there is one, says of n images."""
+    def ask_judge(n):
+        """The judge's figures of n images, or {} without a judge."""
         if judge is None:
             return {}
         z, labels = [v.to(device) for v in draw_latents(range(n), shape, classes)]
         return grade(judge, one_step(z, labels), labels)
 
     def evaluate():
-        """A picture; and with a judge figures, and g_best.pt."""
+        """Draws a picture. With a judge: -> figures, and the best generator so far is saved."""
         save_picture(picture([one_step(*shown)]), run.folder / "samples" / f"{run.step:07}.png")
-        figures, before = judged(LOOK), [line["fd"] for line in run.lines() if "fd" in line]
+        figures, before = ask_judge(LOOK), [line["fd"] for line in run.lines() if "fd" in line]
         if figures and figures["fd"] < min(before, default=math.inf):
             run.save_generator("g_best.pt")
         return figures
@@ -539,11 +555,11 @@ def distil(args, run, d_q, judge, known):
     if run.is_first:
         sets = [sample_teacher(d_q, *shown), one_step(*shown)]
         save_picture(picture(sets), run.folder / "samples.png")
-        summarise(run, judged(FINAL) | known)
+        summarise(run, ask_judge(FINAL) | known)
 
 
 def summarise(run, figures):
-    """metrics.json, and what it says."""
+    """Write metrics.json, and print what the file says."""
     metrics = run.finish(**figures)
     if figures:
         print(f"{metrics['n']} images".ljust(24), "FD-judge  class right (neither is FID)")
@@ -621,14 +637,7 @@ def main(argv=None):
     d_q, meta, facts = load_teacher(args.teacher)
     layout = torch.channels_last if args.amp == "bf16" else torch.preserve_format
     d_q = d_q.to(device, memory_format=layout)  # channels_last: the fastest bfloat16 convolutions
-    judge, known = None, {}
-    if args.judge or args.teacher == "fashion":
-        judge = load_judge(args.judge or JUDGE, d_q.image_shape).to(device)
-        require(d_q.label_dim in (0, judge.head.out_features), f"the judge knows "
-                f"{judge.head.out_features} classes, the teacher {d_q.label_dim}")
-        known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
-        if meta.get("judge_sha256") == judge.sha256:  # this judge has seen this teacher's samples
-            known |= meta["judged"]
+    judge, known = find_judge(args, d_q, meta)
     own = ":" in args.teacher  # module:function, and not the path of a file
     name = args.teacher.replace(":", ".") if own else Path(args.teacher).stem
     run = prepare(args, Run.default_folder(args, name), d_q, facts)

@@ -602,15 +602,10 @@ class Guided(nn.Module):
 
 
 # ---- Samples, and how good they are ----
-def bind_caption(net, cond, amp="none"):
-    """(x_t, t) -> denoised, for this caption and mask; under autocast if amp is bf16."""
-    return as_denoiser(net, amp, *cond)
-
-
 def in_batches(solve, net, z, caption, mask, batch=100):
     """solve(denoiser, z) for some of z (N, C, H, W) at once -> (N, C, H, W)"""
     pieces = zip(z.split(batch), caption.split(batch), mask.split(batch))
-    return torch.cat([solve(bind_caption(net, cond), some) for some, *cond in pieces])
+    return torch.cat([solve(as_denoiser(net, "none", *cond), some) for some, *cond in pieces])
 
 
 @torch.no_grad()
@@ -626,8 +621,8 @@ def sample_teacher(guided, z, caption, mask, num_steps=14, solver="dpm"):
     return in_batches(partial(solve, num_steps=num_steps, **span), guided, z, caption, mask)
 
 
-class Judge:
-    """judge(solve), with solve(z, caption, mask) -> x, returns images (N, 3, H, W) of the first 8
+class Test:
+    """test(solve), with solve(z, caption, mask) -> x, returns images (N, 3, H, W) of the first 8
     prompts or of those in a miniature's file, the time of an image and, for a miniature, fd: the
     Frechet distance to true images in the teacher's own features, which is not FID."""
     def __init__(self, pipeline, prompts, captions, meta):
@@ -687,7 +682,8 @@ def train(args, d_q, captions, run, evaluate):
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
     generator_loss, distance = make_generator_loss(args)
     weight_psi = lambda_edm if args.weight_psi == "edm" else torch.ones_like
-    draw, bind = partial(draw_batch, args, d_q, captions), partial(bind_caption, amp=args.amp)
+    draw = partial(draw_batch, args, d_q, captions)
+    bind = lambda net, cond: as_denoiser(net, args.amp, *cond)  # -> (x_t, t) -> denoised
     device = next(g.parameters()).device
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
 
@@ -732,7 +728,7 @@ def prepare(args, folder, pipeline, facts):
     return Run(args, folder, facts, generator, net_args, **parts)
 
 
-def distil(args, run, d_q, captions, judge):
+def distil(args, run, d_q, captions, test):
     """Train, with looks at the generator; then teacher and one step side by side."""
     for net in (run.d_psi, run.g, d_q.net):
         net.model.checkpointing = args.checkpointing
@@ -740,7 +736,7 @@ def distil(args, run, d_q, captions, judge):
         net.compile()
 
     def evaluate():
-        images, figures = judge(partial(sample_one_step, run.g_ema, args.t_star))
+        images, figures = test(partial(sample_one_step, run.g_ema, args.t_star))
         save_picture(sheet(images[:80], 10), run.folder / "samples" / f"{run.step:07}.png")
         return figures
 
@@ -748,24 +744,24 @@ def distil(args, run, d_q, captions, judge):
         run.write(**evaluate())
     train(args, d_q, captions, run, evaluate)
     if run.is_first:
-        summarise(args, run, d_q, judge)
+        summarise(args, run, d_q, test)
 
 
-def summarise(args, run, d_q, judge):
+def summarise(args, run, d_q, test):
     """samples.png, metrics.json, and what they say: the paper's Table 3 in miniature."""
-    above, figures = judge(partial(sample_teacher, d_q, num_steps=14))
-    below, figures_of_g = judge(partial(sample_one_step, run.g_ema, args.t_star))
+    above, figures = test(partial(sample_teacher, d_q, num_steps=14))
+    below, figures_of_g = test(partial(sample_one_step, run.g_ema, args.t_star))
     rows = {"teacher, 14 steps": figures, "one step": figures_of_g}
-    if "fd_real" in judge.meta:
-        rows = {"true images": {"fd": judge.meta["fd_real"]}} | rows
-    save_picture(captioned([above, below], judge.prompts[:20]), run.folder / "samples.png")
+    if "fd_real" in test.meta:
+        rows = {"true images": {"fd": test.meta["fd_real"]}} | rows
+    save_picture(captioned([above, below], test.prompts[:20]), run.folder / "samples.png")
     seconds = run.finish(**rows)["seconds"]
     for name, row in rows.items():
         print(f"{name:18}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
-    prompt = shlex.quote(judge.prompts[0])
+    prompt = shlex.quote(test.prompts[0])
     print(f"{seconds:.0f} s; {run.folder}/samples.png: the teacher above one step\n"
           f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {prompt}")
-    if "fd_real" in judge.meta:
+    if "fd_real" in test.meta:
         print(f"next: python lab/shapes.py {run.folder}     are shapes and colours right?")
 
 
@@ -854,7 +850,7 @@ def main(argv=None):
     run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
         d_q = Guided(pipeline.net, args.guidance, blank)
-        distil(args, run, d_q, captions, Judge(pipeline, prompts, captions, meta))
+        distil(args, run, d_q, captions, Test(pipeline, prompts, captions, meta))
 
 
 if __name__ == "__main__":

@@ -235,12 +235,14 @@ def make_generator_loss(args, more=()):
     if args.distance == "l1" and args.method == "sim":
         print("warning: l1 is wrong under autograd (see 01_toy_2d.py, part A); smoothl1 is exact")
     _, distance = parse_distance(args.distance)
-    settings = {"di": {}, "sid": {"alpha": args.sid_alpha}}.get(args.method, {"distance": distance})
+    losses = {name: functools.partial(loss, distance=distance) for name, loss in dict(more).items()}
+    losses |= {"sim": functools.partial(sim_loss, distance=distance), "di": di_loss,
+               "sid": functools.partial(sid_loss, alpha=args.sid_alpha)}
+    loss = losses[args.method]
     if args.weight != "own":
         require(args.method not in more, f"--weight is for sim, sid and di, not for {args.method}")
-        settings["weight"] = WEIGHTS[args.weight]
-    loss = {"sim": sim_loss, "sid": sid_loss, "di": di_loss, **dict(more)}[args.method]
-    return functools.partial(loss, **settings), distance
+        loss = functools.partial(loss, weight=WEIGHTS[args.weight])
+    return loss, distance
 
 
 # ---- Samplers ----
@@ -374,7 +376,7 @@ def make_parts(denoiser, adam_eps=1e-8):
 def update(optimiser, lr):
     """Under torchrun the gradients are summed over all ranks. Then the optimiser takes one step."""
     optimiser.param_groups[0]["lr"] = lr
-    if dist.is_initialized():  # one message for all weights: messages cost more than numbers
+    if dist.is_initialized():  # one message for all weights: many short messages take longer
         grads = [w.grad for w in optimiser.param_groups[0]["params"] if w.grad is not None]
         summed = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(summed)
@@ -382,6 +384,15 @@ def update(optimiser, lr):
             grad.copy_(part.view_as(grad))
     optimiser.step()
     optimiser.zero_grad()
+
+
+def check_moments(adam):
+    """UserError unless the moments of an Adam from a file have the shapes of their weights: torch
+    does not look, and a fused Adam then writes where nothing is."""
+    for w, state in adam.state.items():
+        for name, value in state.items():
+            expected = () if name == "step" else w.shape
+            require(value.shape == expected, f"{name} is {tuple(value.shape)}, expected {expected}")
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):
@@ -758,10 +769,8 @@ class Run:
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-                is_adam = isinstance(part, torch.optim.Optimizer)
-                for w, adam in part.state.items() if is_adam else ():
-                    fits = all(v.shape == (() if k == "step" else w.shape) for k, v in adam.items())
-                    require(fits, f"{name} has moments of another shape than its weights")
+                if isinstance(part, torch.optim.Optimizer):
+                    check_moments(part)
         if self.is_first and not (self.folder / "g_ema.pt").exists():
             self.save_generator()  # a lost one
         if self.step < self.args.steps:
@@ -897,9 +906,10 @@ def to_uint8(x):
 
 def image_grid(images, columns=1):
     """Images (N, C, H, W), uint8 or in [-1, 1] -> a Pillow image, row by row. What is left of the
-    last row is black. Shown are three channels as RGB, or the first one as grey."""
+    last row is black. The first three channels are shown as RGB, or the first one as grey."""
     images = to_uint8(images) if images.is_floating_point() else images
-    images = images[:, :3 if images.shape[1] > 2 else 1]
+    channels = 3 if images.shape[1] >= 3 else 1
+    images = images[:, :channels]
     images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
     grid = rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns)
     return Image.fromarray(grid.squeeze(2).cpu().numpy())

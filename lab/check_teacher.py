@@ -35,8 +35,8 @@ def denoise(d_q, x, t, labels, amp="none"):
 
 @torch.no_grad()
 def check_large_noise(d_q, labels, t=80.0):
-    """UserError if the output follows the noise where there is nothing else in the input. That of
-    a denoiser follows it a little: by the variance of the data over t."""
+    """UserError if the output is the noise, where the input is nothing but noise. The output of a
+    denoiser, too, follows the noise, but is small: the variance of the data over t."""
     eps = torch.randn(len(labels), *d_q.image_shape, device=labels.device)
     y = denoise(d_q, t * eps, t, labels)
     require(y.isfinite().all(), f"the output at t = {t:g} is not finite")
@@ -49,7 +49,8 @@ def check_large_noise(d_q, labels, t=80.0):
 
 @torch.no_grad()
 def errors(d_q, x_0, labels):
-    """-> rows (t, denoising error over variance, the same of bfloat16 against float32)"""
+    """-> rows (t, denoising error over variance, error of bfloat16 against float32 over variance).
+    UserError if at the smallest t the output is not the image."""
     rows, var, std = [], x_0.var().item(), x_0.std().item()
     for level in LEVELS:
         t = level * std
@@ -62,7 +63,7 @@ def errors(d_q, x_0, labels):
             follows = correlation(y - x_0, x_t - x_0)
             require(rows[0][1] < 0.5, f"at t = {t:.2g} the output is {rows[0][1]:.1f} variances "
                     f"from the image (its correlation with the noise is {follows:.2f}): expected "
-                    "the image itself. If the network predicts v: lab/wrappers.py")
+                    "the image itself. If the network predicts v, use lab/wrappers.py")
     return rows
 
 

@@ -21,11 +21,11 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import EDMPrecond, one_line_errors, pick_device, require
+from common import EDMPrecond, as_denoiser, one_line_errors, pick_device, require
 
 import numpy as np
 import torch
-from teachers import net_args_of
+from teachers import unet_args
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +42,7 @@ def stage_2(args, device):
     edm = importlib.import_module("02_edm_cifar")
     require(args.teacher in edm.CIFAR or args.teacher == "fashion",
             f"--teacher {args.teacher}: expected fashion or {', '.join(edm.CIFAR)}")
-    fashion = net_args_of(side=28, channels=1, classes=10)
+    fashion = unet_args(side=28, channels=1, classes=10)
     with torch.device(device):
         d_q = edm.make_unet(**edm.CIFAR.get(args.teacher, fashion))
     d_q.eval().requires_grad_(False)
@@ -87,7 +87,7 @@ def stage_3(args, device):
     def forward(n):
         x, cond = torch.randn(n, *d_q.image_shape), t2i.pad([captions[0]] * n, d_q.tokens, device)
         x = x.to(device)
-        t2i.bind_caption(net, cond, args.amp)(x, torch.ones_like(x[:, :1, :1, :1]))
+        as_denoiser(net, args.amp, *cond)(x, torch.ones_like(x[:, :1, :1, :1]))
 
     def train(run):
         for some in (run.d_psi, run.g, net):

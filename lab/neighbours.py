@@ -29,34 +29,25 @@ from common import (Run, atomic, batch_sum, count, di_loss, diffuse, draw_times,
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from torch.nn import functional as F
+
+from lab.wrappers import RectifiedFlow
 
 toy = importlib.import_module("01_toy_2d")
 STEPS = 18  # of a teacher's flow, or of a segment: CIFAR-10's N in Song et al. 2023, Table 3
 
 
 # ---- A rectified flow as the teacher ----
-class FlowPrecond(nn.Module):
-    """A rectified flow as a denoiser: net(x_t, t) like EDMPrecond's, of a velocity model(x, tau).
-
-    At x = (1 - tau) x_0 + tau eps the flow learns v = E[eps - x_0 | x] (Liu et al. 2022, (1)).
-    Since x_0 = x - tau (eps - x_0), the denoiser is x - tau v exactly, where x_t = x / (1 - tau)
-    and t = tau / (1 - tau)."""
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x_t, t):
-        t = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).reshape(-1, 1)
-        x, tau = x_t / (1 + t), t / (1 + t)
-        return x - tau * self.model(x, tau.flatten())
+class FlowPrecond(RectifiedFlow):
+    """A velocity net(x, tau) of points in the plane, as a denoiser."""
+    def __init__(self, net):
+        super().__init__(net, image_shape=(2,))
 
 
 def flow_loss(net, x_0):
-    """Flow matching, in the place of dsm_loss: net.model learns the velocity. -> (B,)"""
+    """Flow matching, in the place of dsm_loss: net.net learns the velocity. -> (B,)"""
     tau, eps = torch.rand_like(x_0[:, :1]), torch.randn_like(x_0)  # tau ~ U[0, 1]
-    v = net.model((1 - tau) * x_0 + tau * eps, tau.flatten())
+    v = net.net((1 - tau) * x_0 + tau * eps, tau.flatten())
     return batch_sum((v - (eps - x_0))**2)
 
 

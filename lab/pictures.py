@@ -33,10 +33,10 @@ def read_idx(path):
     """An idx file of bytes (yann.lecun.com/exdb/mnist), gzipped or not -> a uint8 array."""
     with reading(path, "an idx file of unsigned bytes"), open(path, "rb") as plain:
         file = gzip.open(plain) if plain.peek(2)[:2] == b"\x1f\x8b" else plain
-        zeros, kind, dims = file.read(2), *file.read(2)
-        require(zeros == b"\0\0" and kind == 8 and 0 < dims < 4, "another header")
-        shape = np.frombuffer(file.read(4 * dims), ">u4").astype(int)
-        size = math.prod(map(int, shape))
+        head = file.read(4)  # two zeros, 8 for unsigned bytes, and the number of dimensions
+        require(head[:3] == b"\0\0\x08" and head[3] in (1, 2, 3), "another header")
+        shape = [int(n) for n in np.frombuffer(file.read(4 * head[3]), ">u4")]
+        size = math.prod(shape)
         require(0 < size < 2**31, f"its shape is {shape}")
         data = file.read(size + 1)
         require(len(data) == size, f"it holds {len(data)} bytes of an array of shape {shape}")
@@ -77,11 +77,12 @@ def load_pictures(path, part="train"):
     """--data -> images (N, C, H, W) uint8, labels (N,) int64, of the part "train" or "test".
     UserError for data that no teacher of stage 2 can learn from."""
     path = Path(path)
+    has_idx = any(path.glob("train-images*"))
     if path.suffix == ".npz":
         arrays = eval_fid.read_npz(path)
         require({"images", "labels"} <= arrays.keys(), f"{path}: expected images and labels")
         images, labels = arrays["images"], arrays["labels"]
-    elif any(path.glob("train-images*")):
+    elif has_idx:
         images, labels = from_idx(path, part)
     else:
         images, labels = from_folders(path)
@@ -96,7 +97,7 @@ def load_pictures(path, part="train"):
             f"{labels.shape}, expected {shape[0]} numbers from 0 to at most 999")
     images = torch.from_numpy(images.reshape(*shape[:3], -1).copy()).movedim(-1, 1)
     labels = torch.from_numpy(labels.astype(np.int64))
-    if not any(path.glob("train-images*")):
+    if not has_idx:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         tenth = len(order) // 10
         chosen = order[:tenth] if part == "test" else order[tenth:]

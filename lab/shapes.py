@@ -138,7 +138,7 @@ def prompt_accuracy(images, prompts):
 
 
 # ---- The accuracy of a run ----
-def judge(args):
+def check_run(args):
     """The table of a run of stage 3's miniature, on the screen and in RUN/shapes.json."""
     t2i = importlib.import_module("03_pixart_t2i")
     folder, device = Path(args.run), pick_device(args.device)
@@ -170,7 +170,7 @@ def main(argv=None):
     add("--n", type=count, default=TESTED, help="images")
     add("--teacher-too", action="store_true", help="the run's teacher as well, which takes longer")
     add("--device", default="auto", help="auto (the best one here), cpu, cuda or mps")
-    judge(parser.parse_args(argv))
+    check_run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

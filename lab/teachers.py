@@ -1,6 +1,6 @@
 """How the embedded teachers, and the judge of images, were trained: EDM's recipe at a small size.
 
-    python lab/teachers.py judge --data DIR           ten minutes on two cores: the judge of stage 2
+    python lab/teachers.py judge --data DIR           20 minutes on a busy core: stage 2's judge
     python lab/teachers.py fashion --data DIR --judge runs/fashion_judge/judge.pt       two hours
     python lab/teachers.py miniature --amp bf16       90 minutes on two cores: a teacher of stage 3
     torchrun --standalone --nproc_per_node=2 lab/teachers.py fashion --data DIR
@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import (Run, as_denoiser, at_least_0, count, draw_latents, dsm_loss, ema_beta,
-                    ema_update, frechet_distance, micro_batches, moments, one_line_errors, p_edm,
+from common import (Run, as_denoiser, at_least_0, count, draw_latents, draw_times, dsm_loss,
+                    ema_beta, ema_update, frechet_distance, micro_batches, moments, one_line_errors,
                     pick_device, plain_parser, positive, progress, real, require, save, seed_step,
                     update)
 
@@ -45,15 +45,14 @@ TRUE = 5000  # true images in the moments that stage 3 compares with
 
 
 def train(args, net, betas, draw, loss_of):
-    """Adam on the mean of loss_of(*draw(random)), with the average of net over the training. draw
-    -> a batch, as tensors; loss_of -> (B,). -> the run, and the average, in eval mode"""
+    """Adam on the mean of loss_of(*draw(random)). draw returns tensors with one row for each image,
+    loss_of returns (B,). -> the run, and the average of net over the training, in eval mode"""
     ema, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
     optimiser = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
     run = Run(args, args.out, {}, ema, {}, net=net, ema=ema, optimiser=optimiser)
     for step in run.steps():
-        batch = draw(seed_step(args.seed, step))
-        (rows,) = micro_batches([v.to(device) for v in batch])  # those of this rank
-        loss = loss_of(*rows)
+        (rows,) = micro_batches(draw(seed_step(args.seed, step)))  # the rows of this rank
+        loss = loss_of(*[v.to(device) for v in rows])
         run.add(loss=loss)
         (loss.sum() / args.batch).backward()
         update(optimiser, min(1, (step + 1) / WARM_UP) * (args.lr * (1 - step / args.steps)))
@@ -61,10 +60,6 @@ def train(args, net, betas, draw, loss_of):
         if run.due(args.log_every):
             run.write()
     return run, ema
-
-
-def draw_noise_levels(args, random):
-    return p_edm((args.batch, 1, 1, 1), args.psi_mean, args.psi_std, generator=random)
 
 
 def round_half(net):
@@ -89,8 +84,9 @@ def draw_pictures(args, images, labels, random):
     return x, labels[k], flipped
 
 
-def net_args_of(side, channels, classes):
-    """A small U-Net of three levels, with attention at the lowest one. augment_dim: a flip."""
+def unet_args(side, channels, classes):
+    """A small U-Net of three levels, with attention at the lowest one. The one augmentation that
+    the network is told of is a flip."""
     return {"img_resolution": side, "img_channels": channels, "label_dim": classes,
             "augment_dim": 1, "model_channels": 16, "channel_mult": [1, 2, 4], "num_blocks": 1,
             "attn_resolutions": [side // 4], "dropout": 0.0}
@@ -101,7 +97,7 @@ def train_unet(args, device):
     that its samples are not flipped: the shoes of Fashion-MNIST point to the left."""
     images, labels = pictures.load_pictures(args.data)
     classes = int(labels.max()) + 1
-    net_args = net_args_of(images.shape[2], images.shape[1], classes)
+    net_args = unet_args(images.shape[2], images.shape[1], classes)
     torch.manual_seed(args.seed)
     net = edm.make_unet(**net_args).to(device)
     judge = edm.load_judge(args.judge, net.image_shape).to(device) if args.judge else None
@@ -109,7 +105,7 @@ def train_unet(args, device):
 
     def draw(random):
         x, label, flipped = draw_pictures(args, images, labels, random)
-        t = draw_noise_levels(args, random)
+        t = draw_times(args, "psi", (args.batch, 1, 1, 1), generator=random)
         return x.float() / 127.5 - 1, t, F.one_hot(label, classes).float(), flipped.float()
 
     def loss_of(x_0, t, *cond):
@@ -215,11 +211,11 @@ def train_miniature(args, device):
         numpy_random = np.random.default_rng(random.initial_seed())
         chosen = numpy_random.integers(len(seen), size=args.batch)
         images = torch.stack([shapes.draw_captioned(seen[k], numpy_random) for k in chosen])
-        t = draw_noise_levels(args, random)
+        t = draw_times(args, "psi", (args.batch, 1, 1, 1), generator=random)
         return images, t, tokens.input_ids[chosen], tokens.attention_mask[chosen]
 
     def loss_of(x_0, t, *cond):
-        return dsm_loss(t2i.bind_caption(partial(drop_captions, net), cond, args.amp), x_0, t)
+        return dsm_loss(as_denoiser(partial(drop_captions, net), args.amp, *cond), x_0, t)
 
     run, ema = train(args, net, (0.9, 0.99), draw, loss_of)
     if run.is_first:
@@ -256,8 +252,9 @@ def parse(argv):
     add("--fresh", action="store_true", help="start anew; an older run is moved aside")
     args = parser.parse_args(argv)
     parser.set_defaults(seed=0, batch_gpu=None, t_star=2.5, **RECIPES[args.net])  # t*: Table 5
-    noise = args.psi_mean is None and args.psi_std is None and args.amp == "none"
-    require(noise or args.net != "judge", "--psi-mean, --psi-std and --amp are not for judge")
+    if args.net == "judge":
+        require(args.psi_mean is args.psi_std is None and args.amp == "none",
+                "--psi-mean, --psi-std and --amp are not for judge")
     require(args.net == "fashion" or not args.judge, "--judge is for fashion")
     require(bool(args.data) == (args.net != "miniature"),
             "judge and fashion learn from pictures, miniature does not: expected --data DIR")

@@ -10,6 +10,13 @@ Then `python 02_edm_cifar.py --teacher my_file:my_teacher`. A network is called 
 or, if label_dim > 0, as net(input, time, one_hot), with time of shape (B,). Below, u is a noisy
 image in the network's own units, u = u_0 + t eps with t (B, 1, 1, 1); tau is the network's time.
 """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import require
+
 import torch
 from torch import nn
 
@@ -23,6 +30,7 @@ class Wrapper(nn.Module):
         self.scale, self.shift = scale, shift
 
     def forward(self, x, t, class_labels=None):
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
         labels = () if class_labels is None else (class_labels,)
         u_0 = self.denoise(self.scale * x + self.shift, self.scale * t, *labels)
         return (u_0 - self.shift) / self.scale
@@ -34,23 +42,19 @@ class DDPM(Wrapper):
     predicts "eps", "x_0" or "v" = sqrt(abar) eps - sqrt(1 - abar) u_0 (Salimans and Ho 2022)."""
     def __init__(self, net, alphas_bar, predicts, image_shape, **options):
         super().__init__(net, image_shape, **options)
-        alphas_bar = torch.as_tensor(alphas_bar, dtype=torch.float64)
-        self.predicts = {"eps": self.from_eps, "v": self.from_v, "x_0": self.from_x_0}[predicts]
+        require(predicts in ("eps", "v", "x_0"), f"{predicts!r}: expected eps, v or x_0")
+        self.predicts, alphas_bar = predicts, torch.as_tensor(alphas_bar, dtype=torch.float64)
         self.register_buffer("levels", ((1 - alphas_bar) / alphas_bar).sqrt().float(), False)
 
     def denoise(self, u, t, *labels):
         step = (self.levels - t.reshape(-1, 1)).abs().argmin(1)
         y = u / (1 + t**2).sqrt()
-        return self.predicts(u, y, t, self.net(y, step, *labels))
-
-    def from_eps(self, u, y, t, eps):
-        return u - t * eps
-
-    def from_v(self, u, y, t, v):
-        return (y - t * v) / (1 + t**2).sqrt()  # sqrt(abar) y - sqrt(1 - abar) v
-
-    def from_x_0(self, u, y, t, x_0):
-        return x_0
+        out = self.net(y, step, *labels)
+        if self.predicts == "eps":
+            return u - t * out
+        if self.predicts == "v":
+            return (y - t * out) / (1 + t**2).sqrt()  # sqrt(abar) y - sqrt(1 - abar) v
+        return out
 
 
 class VPScore(Wrapper):
@@ -74,8 +78,9 @@ class VEScore(Wrapper):
 
 
 class RectifiedFlow(Wrapper):
-    """The velocity v(y, tau) = E[eps - u_0 | y] of y = (1 - tau) u_0 + tau eps, tau in [0, 1]."""
+    """The velocity v(y, tau) = E[eps - u_0 | y] of y = (1 - tau) u_0 + tau eps, tau in [0, 1] (Liu
+    et al. 2022, (1)). Since u_0 = y - tau (eps - u_0), the denoiser is y - tau v exactly, where
+    u = y / (1 - tau) and t = tau / (1 - tau)."""
     def denoise(self, u, t, *labels):
-        tau = t / (1 + t)
-        y = (1 - tau) * u
+        y, tau = u / (1 + t), t / (1 + t)
         return y - tau * self.net(y, tau.flatten(), *labels)

@@ -240,7 +240,7 @@ def test_velocity_and_score():
 
 def test_flow_loss_is_least_for_the_velocity_and_tau_spans_0_to_1():
     x_0, seen = torch.randn(4000, 2, dtype=torch.float64), []
-    net = SimpleNamespace(model=lambda x, tau: seen.append((x, tau)) or 0 * x)
+    net = SimpleNamespace(net=lambda x, tau: seen.append((x, tau)) or 0 * x)
     torch.manual_seed(0)
     loss = lab.flow_loss(net, x_0)
     (x, tau), = seen
@@ -249,7 +249,7 @@ def test_flow_loss_is_least_for_the_velocity_and_tau_spans_0_to_1():
     assert (tau.sort().values - torch.linspace(0, 1, 4000)).abs().max() < 0.04
     assert eps.mean().abs() < 0.06 and abs(eps.std() - 1) < 0.04
     torch.manual_seed(0)
-    assert lab.flow_loss(SimpleNamespace(model=lambda x, tau: eps - x_0), x_0).max() < 1e-20
+    assert lab.flow_loss(SimpleNamespace(net=lambda x, tau: eps - x_0), x_0).max() < 1e-20
 
 
 # ---- Runs ----

@@ -281,7 +281,8 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch, refused):
             raise error
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
-            line = refused(one_line_errors(lambda argv: save({}, folder / "ckpt.pt")), [])  # noqa: B023
+            fails = one_line_errors(lambda argv, path=folder / "ckpt.pt": save({}, path))
+            line = refused(fails, [])
         assert f"{folder}/ckpt.pt could not be written" in line and str(error)[:9] in line
         assert content(folder) == before
 

@@ -396,7 +396,7 @@ def test_the_teacher_is_sampled_at_its_own_times(release, solver, calls):
 @torch.no_grad()
 def test_bf16_agrees_with_float32(release):
     net, t = t2i.PixArtPrecond(release), torch.full((1, 1, 1, 1), 2.5)
-    exact, rounded = [t2i.bind_caption(net, COND, amp)(X, t) for amp in ("none", "bf16")]
+    exact, rounded = [common.as_denoiser(net, amp, *COND)(X, t) for amp in ("none", "bf16")]
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     close(rounded - X, exact - X, 0.02)
 
@@ -541,7 +541,7 @@ def pixart_run(place, name, *options, teacher=RELEASE):
     prompts.write_text("\n".join(TEXTS))
     with pytest.MonkeyPatch.context() as patch:
         if name != "whole":
-            patch.setattr(t2i.Judge, "__call__", lambda *_: (torch.zeros(4, 3, 8, 8), {}))
+            patch.setattr(t2i.Test, "__call__", lambda *_: (torch.zeros(4, 3, 8, 8), {}))
         t2i.main(["--teacher", str(teacher), "--prompts", str(prompts), *FILES, *OPTIONS,
                   "--out", str(place / name), *options])
     return place / name
@@ -607,7 +607,7 @@ def test_two_ranks_give_one_process_s_weights(whole):
         import importlib, sys
         sys.path.insert(0, {str(ROOT)!r})
         t2i = importlib.import_module("03_pixart_t2i")
-        t2i.summarise = t2i.Judge.__call__ = lambda *_: ([], {{}})
+        t2i.summarise = t2i.Test.__call__ = lambda *_: ([], {{}})
         t2i.sheet, t2i.save_picture = lambda *_: None, lambda *_: None
         t2i.main({typed})""")
     done = subprocess.run([*torchrun, "ranks.py"], cwd=whole.parent, text=True,
@@ -761,7 +761,7 @@ def test_a_run_of_a_miniature(mini, tmp_path, monkeypatch, capsys):
     generator = t2i.load_pipeline(run)[0]
     images = 0.3 * torch.randn(40, 3, 16, 16)
     mu, sigma = common.moments(t2i.token_features(generator.net, images))
-    judge = t2i.Judge(generator, [], [], {"tested": PROMPTS * 10, "mu": mu, "sigma": sigma})
+    judge = t2i.Test(generator, [], [], {"tested": PROMPTS * 10, "mu": mu, "sigma": sigma})
     assert abs(judge(lambda z, *cond: images)[1]["fd"]) < 1e-4 < judge(lambda z, *c: z)[1]["fd"]
 
 

@@ -110,7 +110,7 @@ def small(monkeypatch, tmp_path):
     """Small networks, and few images to measure them by. -> the pictures to learn from"""
     sized = lambda side, channels, classes: TINY | {
         "img_resolution": side, "img_channels": channels, "label_dim": classes, "augment_dim": 1}
-    monkeypatch.setattr(teachers, "net_args_of", sized)
+    monkeypatch.setattr(teachers, "unet_args", sized)
     monkeypatch.setattr(t2i, "MINI_NET", t2i.MINI_NET | {"hidden_size": 32, "depth": 1,
                                                          "num_heads": 2})
     monkeypatch.setattr(edm, "FINAL", 40)

@@ -19,7 +19,7 @@ from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, cou
                     draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
                     load_generator, make_generator_loss, make_parser, make_parts, micro_batches,
                     one_line_errors, p_edm, pick_device, progress, reading, sample_path, save,
-                    save_picture, seed_step, sim_loss, train_only, update)
+                    save_picture, seed_step, sim_loss, sliced_w2, train_only, update)
 
 import numpy as np
 import torch
@@ -273,7 +273,7 @@ def train(args, d_q, run, evaluate):
             x_0 = generate(g, z, cond)
             loss_theta, y_t = generator_loss(bind(d_psi, cond), bind(d_q, cond), x_0, t, eps=eps)
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
-                    y_norm=batch_sum(y_t**2).sqrt())
+                    y_norm=y_t.flatten(1).norm(dim=1))
             (loss_theta.sum() / args.batch).backward()  # (B.13)
         update(run.opt_theta, lr)
         ema_update(g_ema, g, ema_beta(step * args.batch, args.batch, args.ema_half_life))
@@ -294,11 +294,6 @@ def projections(x, directions=200):
     """x (N, 2) -> (N, directions), the points projected on directions all around, each sorted."""
     around = polar(torch.ones(directions), math.pi * torch.arange(directions) / directions)
     return (x @ around.T.to(x)).sort(dim=0)[0]
-
-
-def sliced_w2(a, b):
-    """The sliced Wasserstein-2 distance of two sets of equal size, from their projections."""
-    return (a - b).square().mean().sqrt().item()
 
 
 def measure(sets, exact_sets, mixture):

@@ -12,15 +12,16 @@ import importlib
 import io
 import math
 import pickle
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, as_denoiser, batch_sum, checked, distance_to_truth,
-                    draw_latents, draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, fetch,
-                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
-                    make_parser, make_parts, micro_batches, one_line_errors, pick_device, reading,
-                    require, sample_path, save_picture, seed_step, sha256, to_uint8, train_only,
-                    update, write_samples)
+from common import (EDMPrecond, Run, as_denoiser, checked, distance_to_truth, draw_latents,
+                    draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid,
+                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
+                    make_parts, micro_batches, one_line_errors, pick_device, progress, reading,
+                    require, sample_path, save, save_picture, seed_step, sha256, sliced_w2,
+                    to_uint8, train_only, update, write_samples)
 
 import numpy as np
 import torch
@@ -360,11 +361,17 @@ def grade(judge, images, labels, batch=500):
     return figures
 
 
+# ask(images (N, C, H, W), labels) -> figures, of which the first is a distance: the best generator
+# has the smallest. `look` and `final` images are asked about. `known` has the figures of others.
+Examiner = namedtuple("Examiner", "ask look final known")
+
+
 def find_judge(args, d_q, meta):
-    """-> the judge of a run, or None; and what the judge's and the teacher's files say already: the
-    figures of true images and, if this judge saw the teacher's samples, those of the teacher."""
-    if not (args.judge or args.teacher == "fashion"):
-        return None, {}
+    """-> the Examiner of a run whose judge is a classifier, or None. It knows what the judge's and
+    the teacher's files say: the figures of true images and, if this judge saw the teacher's
+    samples, those of the teacher."""
+    if args.judge == "none" or not (args.judge or args.teacher == "fashion"):
+        return None
     judge = load_judge(args.judge or JUDGE, d_q.image_shape)
     classes = judge.head.out_features
     require(d_q.label_dim in (0, classes),
@@ -372,7 +379,33 @@ def find_judge(args, d_q, meta):
     known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
     if meta.get("judge_sha256") == judge.sha256:
         known |= meta["judged"]
-    return judge.to(next(d_q.parameters()).device), known
+    judge = judge.to(next(d_q.parameters()).device)
+    return Examiner(lambda x, labels: grade(judge, on_screen(d_q, x), labels), LOOK, FINAL, known)
+
+
+def compare_with_teacher(d_q, path, n=1000):
+    """The Examiner for any teacher: "sw2", the sliced Wasserstein-2 distance of n images from n of
+    the teacher's samples, in pixels; and "sw2_teacher", that of n other samples, which is the least
+    that one can expect. The samples are drawn once and kept in the file `path`. UserError if they
+    are not finite."""
+    if not path.exists():
+        seeds = range(10**6, 10**6 + 2 * n)  # not those of the generator's images
+        latents = draw_latents(seeds, d_q.image_shape, d_q.label_dim)
+        device = next(d_q.parameters()).device
+        batches = zip(*[v.to(device).split(100) for v in latents])
+        x = [sample_teacher(d_q, *batch).cpu()
+             for batch in progress(batches, "samples of the teacher", total=n // 50)]
+        require(all(v.isfinite().all() for v in x),
+                "samples of the teacher are not finite: look at it with lab/check_teacher.py")
+        save({"images": torch.cat(x)}, path)
+    with reading(path, "samples of this teacher: remove the file, to draw them again"):
+        images = torch.load(path, weights_only=True)["images"].reshape(2 * n, *d_q.image_shape)
+    random = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(images[0].numel(), 500, generator=random), dim=0)
+    project = lambda x: (x.cpu().flatten(1) @ directions).sort(dim=0)[0]
+    theirs, others = [project(x) for x in images.split(n)]
+    known = {"sw2_teacher": sliced_w2(others, theirs), "n": n}
+    return Examiner(lambda x, labels: {"sw2": sliced_w2(project(x), theirs)}, n, n, known)
 
 
 # ---- Teachers ----
@@ -443,9 +476,19 @@ def sample_one_step(g, t_star, z, labels, batch=500):
 
 
 def sample_teacher(net, z, labels, num_steps=18, batch=500):
-    """The same by Heun's method: 2 num_steps - 1 evaluations of the teacher, 35 unless given."""
-    pairs = zip(z.split(batch), labels.split(batch))
-    return torch.cat([edm_sampler(bind_labels(net, c), z, num_steps) for z, c in pairs])
+    """The same by Heun's method: 2 num_steps - 1 evaluations of the teacher, 35 unless given. A
+    teacher may have another span of noise levels than EDM's, as its attribute sigma_range."""
+    pairs, span = zip(z.split(batch), labels.split(batch)), {}
+    if hasattr(net, "sigma_range"):
+        span = dict(zip(("sigma_min", "sigma_max"), net.sigma_range))
+    return torch.cat([edm_sampler(bind_labels(net, c), z, num_steps, **span) for z, c in pairs])
+
+
+def on_screen(net, x):
+    """Images in the network's units -> in [-1, 1], where pictures are. A teacher whose data have
+    another range says so by its attribute image_range, the values shown as black and as white."""
+    low, high = getattr(net, "image_range", (-1, 1))
+    return (x - low) * (2 / (high - low)) - 1
 
 
 def picture(columns, rows=10):
@@ -505,7 +548,7 @@ def train(args, d_q, run, evaluate):
             x_0 = generate(g, z, cond)
             loss_theta, y_t = generator_loss(bind(d_psi, cond), bind(d_q, cond), x_0, t, eps=eps)
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
-                    y_norm=batch_sum(y_t**2).sqrt())
+                    y_norm=y_t.flatten(1).norm(dim=1))
             (loss_theta.sum() / args.batch).backward()  # (B.13)
         update(run.opt_theta, lr)
         ema_update(g_ema, g, ema_beta(step * args.batch, args.batch, args.ema_half_life))
@@ -524,9 +567,10 @@ def prepare(args, folder, d_q, facts):
     return Run(args, folder, facts, parts["g_ema"], net_args, **parts)
 
 
-def distil(args, run, d_q, judge, known):
-    """Train, with looks at the generator; then teacher and one step side by side. judge and known
-    come from find_judge."""
+def distil(args, run, d_q, examiner):
+    """Train, with looks at the generator; then teacher and one step side by side."""
+    if not examiner and args.judge != "none" and run.is_first:
+        examiner = compare_with_teacher(d_q, run.folder / "teacher_samples.pt")
     for net in (run.d_psi, run.g, d_q) if args.compile else ():
         net.compile()
     classes, shape, device = d_q.label_dim, d_q.image_shape, next(d_q.parameters()).device
@@ -534,18 +578,21 @@ def distil(args, run, d_q, judge, known):
     shown = [v.to(device) for v in draw_latents(range(80), shape, classes, by_rows)]
     one_step = partial(sample_one_step, run.g_ema, args.t_star)
 
-    def ask_judge(n):
-        """The judge's figures of n images, or {} without a judge."""
-        if judge is None:
-            return {}
+    def examine(n):
         z, labels = [v.to(device) for v in draw_latents(range(n), shape, classes)]
-        return grade(judge, one_step(z, labels), labels)
+        return examiner.ask(one_step(z, labels), labels)
+
+    def draw(*sets):
+        return picture([on_screen(d_q, x) for x in sets])
 
     def evaluate():
-        """Draws a picture. With a judge: -> figures, and the best generator so far is saved."""
-        save_picture(picture([one_step(*shown)]), run.folder / "samples" / f"{run.step:07}.png")
-        figures, before = ask_judge(LOOK), [line["fd"] for line in run.lines() if "fd" in line]
-        if figures and figures["fd"] < min(before, default=math.inf):
+        """Draws a picture, and saves the best generator so far. -> figures"""
+        save_picture(draw(one_step(*shown)), run.folder / "samples" / f"{run.step:07}.png")
+        if not examiner:
+            return {}
+        figures = examine(examiner.look)
+        name = next(iter(figures))
+        if figures[name] < min((line[name] for line in run.lines() if name in line), default=1e99):
             run.save_generator("g_best.pt")
         return figures
 
@@ -553,21 +600,22 @@ def distil(args, run, d_q, judge, known):
         run.write(**evaluate())
     train(args, d_q, run, evaluate)
     if run.is_first:
-        sets = [sample_teacher(d_q, *shown), one_step(*shown)]
-        save_picture(picture(sets), run.folder / "samples.png")
-        summarise(run, ask_judge(FINAL) | known)
+        picture_of_both = draw(sample_teacher(d_q, *shown), one_step(*shown))
+        save_picture(picture_of_both, run.folder / "samples.png")
+        summarise(run, **examine(examiner.final) | examiner.known if examiner else {})
 
 
-def summarise(run, figures):
+def summarise(run, **figures):
     """Write metrics.json, and print what the file says."""
     metrics = run.finish(**figures)
-    if figures:
-        print(f"{metrics['n']} images".ljust(24), "FD-judge  class right (neither is FID)")
-        rows = {"true images": "_floor", "teacher, 35 evaluations": "_teacher", "one step": ""}
-        for name, of in rows.items():
-            fd, right = [metrics.get(key + of, math.nan) for key in ("fd", "class_accuracy")]
-            if math.isfinite(fd):
-                print(f"{name:24} {fd:8.3f}  {right:11.1%}")
+    titles = {"fd": "FD-judge", "class_accuracy": "right class", "sw2": "sliced W2"}
+    columns = [key for key in titles if key in figures]
+    if columns:
+        print(f"{metrics['n']} images".ljust(23), *[f"{titles[key]:>12}" for key in columns])
+    for name, of in {"true images": "_floor", "teacher": "_teacher", "one step": ""}.items():
+        cells = [f"{figures[key + of]:12.4g}" for key in columns if key + of in figures]
+        if cells:
+            print(f"{name:23}", *cells)
     own = f" --teacher {metrics['teacher']}" if ":" in metrics["teacher"] else ""
     print(f"{metrics['seconds']:.0f} s; pictures: {run.folder}/samples.png (teacher | one step)\n"
           f"next: python 02_edm_cifar.py --sample {run.folder}{own} --n 64 --teacher-sample")
@@ -594,9 +642,11 @@ def sample(args, device):
     if args.teacher_sample:
         sets["teacher"] = sample_teacher(d_q, z, labels)
     sets["one_step"] = sample_one_step(g.to(device), args.t_star or t_star, z, labels)
+    values = {f"{name}_values": x.cpu() for name, x in sets.items()}  # (N, C, H, W), as drawn
+    sets = {name: on_screen(g, x) for name, x in sets.items()}
     draw = partial(picture, [*sets.values()], rows=math.ceil(args.n**0.5))
     numbers = labels.argmax(1).cpu() if g.label_dim else []
-    write_samples(out, sets, draw, args.seed, labels=numbers)
+    write_samples(out, sets, draw, args.seed, labels=numbers, **values)
     print(f"{args.n} images ({' | '.join(sets)}): {out}")
 
 
@@ -612,7 +662,7 @@ def stage_parser():
     add("--teacher", default="fashion", help=f"fashion (embedded), {', '.join(CIFAR)} (NVIDIA's "
         "CIFAR-10, 223 MB to download), a .pkl or .pt file, a run, or package.module:function")
     add("--judge", metavar="FILE", help="a classifier of lab/teachers.py, which says how good "
-        "samples are; fashion has its own")
+        "samples are; fashion has its own; else sliced W2 to the teacher's samples; or none")
     add("--preset", choices=PRESETS, help="the defaults of all other options: fashion with that "
         "teacher, else paper (Table 5)")
     add("--p-theta", choices=("lognormal", "karras"), help="g's noise levels: (B.10) or (B.8)")
@@ -637,12 +687,12 @@ def main(argv=None):
     d_q, meta, facts = load_teacher(args.teacher)
     layout = torch.channels_last if args.amp == "bf16" else torch.preserve_format
     d_q = d_q.to(device, memory_format=layout)  # channels_last: the fastest bfloat16 convolutions
-    judge, known = find_judge(args, d_q, meta)
+    examiner = find_judge(args, d_q, meta)
     own = ":" in args.teacher  # module:function, and not the path of a file
     name = args.teacher.replace(":", ".") if own else Path(args.teacher).stem
     run = prepare(args, Run.default_folder(args, name), d_q, facts)
     if not run.finished():
-        distil(args, run, d_q, judge, known)
+        distil(args, run, d_q, examiner)
 
 
 if __name__ == "__main__":

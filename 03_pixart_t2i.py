@@ -20,12 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, as_denoiser, batch_sum, checked, count, distance_to_truth,
-                    dpm_solver, draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update,
-                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
-                    make_parser, make_parts, micro_batches, one_line_errors, p_edm, pick_device,
-                    progress, reading, require, sample_path, save_once, save_picture, seed_step,
-                    sha256, train_only, update, write_samples)
+from common import (EDMPrecond, Run, as_denoiser, checked, count, distance_to_truth, dpm_solver,
+                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, image_grid,
+                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
+                    make_parts, micro_batches, one_line_errors, p_edm, pick_device, progress,
+                    reading, require, sample_path, save_once, save_picture, seed_step, sha256,
+                    train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -709,7 +709,7 @@ def train(args, d_q, captions, run, evaluate):
             x_0 = generate(g, z, cond)
             loss_theta, y_t = generator_loss(bind(d_psi, cond), bind(d_q, cond), x_0, t, eps=eps)
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
-                    y_norm=batch_sum(y_t**2).sqrt())
+                    y_norm=y_t.flatten(1).norm(dim=1))
             (loss_theta.sum() / args.batch).backward()  # (B.13)
         update(run.opt_theta, lr)
         ema_update(g_ema, g, ema_beta(step * args.batch, args.batch, args.ema_half_life))

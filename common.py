@@ -353,6 +353,12 @@ def distance_to_truth(features, meta):
     return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
 
 
+def sliced_w2(a, b):
+    """The sliced Wasserstein-2 distance of two sets of equal size. a and b are (N, K): the data
+    projected on K directions of length 1, the same for both sets, and each column sorted."""
+    return (a - b).square().mean().sqrt().item()
+
+
 # ==== The run kit: what any training run needs. Nothing below is about the paper ====
 
 # ---- Training ----

@@ -121,7 +121,8 @@ def main(argv=None):
     x_0 = edm.sample_teacher(d_q, z, labels)
     require(x_0.isfinite().all() and x_0.std() > 0, "samples of the teacher are not finite, or "
             "all the same: expected a trained denoiser")
-    save_picture(edm.picture([x_0], rows=math.ceil(args.n**0.5)), args.out)
+    rows = math.ceil(args.n**0.5)
+    save_picture(edm.picture([edm.on_screen(d_q, x_0)], rows), args.out)
     report(args, x_0, errors(d_q, x_0, labels))
 
 

@@ -9,13 +9,14 @@ A wrapper stands in a file of yours, beside 02_edm_cifar.py, in a function that 
 Then `python 02_edm_cifar.py --teacher my_file:my_teacher`. A network is called as net(input, time)
 or, if label_dim > 0, as net(input, time, one_hot), with time of shape (B,). Below, u is a noisy
 image in the network's own units, u = u_0 + t eps with t (B, 1, 1, 1); tau is the network's time.
+A folder of diffusers needs no class: `return diffusers_unet("google-ddpm-cifar10-32")`.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import require
+from common import UserError, reading, require
 
 import torch
 from torch import nn
@@ -23,11 +24,15 @@ from torch import nn
 
 class Wrapper(nn.Module):
     """What all wrappers share. The network knows data u_0 = scale x_0 + shift, where x_0 is what
-    stage 2 sees: in [-1, 1] for its pictures, and near 0 where there is nothing."""
-    def __init__(self, net, image_shape, label_dim=0, scale=1.0, shift=0.0):
+    stage 2 sees, with a standard deviation of about 0.5, and near 0 where there is nothing. In the
+    units of x_0: image_range is shown as black and white; the sampler starts at the upper end of
+    sigma_range, and its last step but one is the lower end."""
+    def __init__(self, net, image_shape, label_dim=0, scale=1.0, shift=0.0, image_range=(-1, 1),
+                 sigma_range=(0.002, 80)):
         super().__init__()
         self.net, self.image_shape, self.label_dim = net, tuple(image_shape), label_dim
         self.scale, self.shift = scale, shift
+        self.image_range, self.sigma_range = image_range, sigma_range
 
     def forward(self, x, t, class_labels=None):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
@@ -44,7 +49,11 @@ class DDPM(Wrapper):
         super().__init__(net, image_shape, **options)
         require(predicts in ("eps", "v", "x_0"), f"{predicts!r}: expected eps, v or x_0")
         self.predicts, alphas_bar = predicts, torch.as_tensor(alphas_bar, dtype=torch.float64)
-        self.register_buffer("levels", ((1 - alphas_bar) / alphas_bar).sqrt().float(), False)
+        levels = ((1 - alphas_bar) / alphas_bar.clamp(min=1e-8)).sqrt().float()
+        self.register_buffer("levels", levels, persistent=False)
+        if "sigma_range" not in options:  # alphas_bar may end in 0, which no sampler starts from
+            ends = levels.min().item(), levels[levels < 1000].max().item()
+            self.sigma_range = tuple(end / self.scale for end in ends)
 
     def denoise(self, u, t, *labels):
         step = (self.levels - t.reshape(-1, 1)).abs().argmin(1)
@@ -84,3 +93,40 @@ class RectifiedFlow(Wrapper):
     def denoise(self, u, t, *labels):
         y, tau = u / (1 + t), t / (1 + t)
         return y - tau * self.net(y, tau.flatten(), *labels)
+
+
+# ---- diffusers ----
+class OneHot(nn.Module):
+    """A UNet2DModel, called as the wrappers call a network. Its first channels are its prediction.
+    Where it has more channels, they are a variance, which a denoiser does not need."""
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, y, step, one_hot=None):
+        labels = None if one_hot is None else one_hot.argmax(1)
+        return self.unet(y, step, class_labels=labels).sample[:, :y.shape[1]]
+
+
+def diffusers_unet(folder, **options):
+    """A folder in the layout of diffusers, with a UNet2DModel and its scheduler, such as
+    google/ddpm-cifar10-32 -> a denoiser. The scheduler's file says what the network predicts.
+    `options` are those of Wrapper. UserError without diffusers, or for another folder."""
+    try:
+        from diffusers import DDPMScheduler, UNet2DModel
+    except ImportError:
+        raise UserError("this teacher needs diffusers: pip install diffusers") from None
+    parts = [path if (path := Path(folder) / name).is_dir() else Path(folder)
+             for name in ("unet", "scheduler")]
+    with reading(folder, "a local folder of diffusers with a UNet2DModel and its scheduler"):
+        for path, file in zip(parts, ("config.json", "scheduler_config.json")):
+            require((path / file).exists(), f"no {path / file}")
+        unet = UNet2DModel.from_pretrained(parts[0], local_files_only=True)
+        schedule = DDPMScheduler.from_pretrained(parts[1], local_files_only=True)
+        sides = unet.config.sample_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        classes = unet.config.num_class_embeds or 0
+        kind = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
+        return DDPM(OneHot(unet.float()), schedule.alphas_cumprod,
+                    kind[schedule.config.prediction_type],
+                    (unet.config.in_channels, height, width), label_dim=classes, **options)

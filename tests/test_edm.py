@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,8 @@ from common import UserError, edm_sampler
 PKL = ROOT / "tests" / "fixtures" / "ddpmpp-uncond.pkl"
 CASE = np.load(PKL.with_suffix(".npz"))
 REAL = json.loads((PKL.parent / "edm_shapes.json").read_text())
-SHORT = ["--steps", "3", "--batch", "8", "--lr", "1e-3", "--device", "cpu", "--dropout", "0"]
+SHORT = ["--steps", "3", "--batch", "8", "--lr", "1e-3", "--device", "cpu", "--dropout", "0",
+         "--judge", "none"]
 
 
 @pytest.fixture
@@ -292,7 +294,7 @@ def small_run(tiny, folder, *options):
     return folder
 
 
-def train_alone(args, run, d_q, judge, known):
+def train_alone(args, run, d_q, examiner):
     edm.train(args, d_q, run, evaluate=dict)
 
 
@@ -310,7 +312,7 @@ def test_train_is_algorithm_2(options, tiny, tmp_path, monkeypatch):
 def test_two_ranks_give_the_weights_of_one_process(tiny, tmp_path, quick, monkeypatch):
     """torchrun, once for both stages: each rank computes half of the batch, in micro-batches."""
     images = ["--teacher", str(tiny), *SHORT, "--lr", "1e-5", "--batch-gpu", "2", "--out"]
-    points = ["--part", "distil", *SHORT[:-2], "--lr", "1e-5", "--pretrain-steps", "3", "--out"]
+    points = ["--part", "distil", *SHORT[:-4], "--lr", "1e-5", "--pretrain-steps", "3", "--out"]
     (tmp_path / "both.py").write_text(f"""if True:
         import importlib, sys, torch
         sys.path.insert(0, {str(ROOT)!r})
@@ -461,7 +463,35 @@ def test_a_run_with_a_judge(tiny, tmp_path, quick, monkeypatch, capsys):
     fds = [json.loads(line)["fd"] for line in (folder / "log.jsonl").read_text().splitlines()]
     best = torch.load(folder / "g_best.pt", weights_only=True)
     assert len(fds) == 4 and best["meta"]["step"] == fds.index(min(fds))
-    assert "neither is FID" in capsys.readouterr().out
+    assert "FD-judge" in capsys.readouterr().out
+
+
+def test_a_run_with_any_teacher(tiny, tmp_path, monkeypatch, capsys):
+    """Without a classifier: sliced W2 to the teacher's samples, which the run's folder keeps."""
+    monkeypatch.setattr(edm, "sample_teacher", partial(edm.sample_teacher, num_steps=2))
+    monkeypatch.setattr(edm, "compare_with_teacher", partial(edm.compare_with_teacher, n=200))
+    folder = small_run(tiny, tmp_path / "run", "--judge", "", "--p-mean", "-2")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    theirs = torch.load(folder / "teacher_samples.pt", weights_only=True)["images"]
+    assert theirs.shape == (400, 3, 8, 8) and metrics["n"] == 200
+    g, t_star, _ = edm.load_denoiser(folder)
+    ours = edm.sample_one_step(g, t_star, *common.draw_latents(range(200), (3, 8, 8), 3))
+    directions = np.random.default_rng(1).standard_normal((192, 3000))
+    directions /= np.linalg.norm(directions, axis=0)
+
+    def w2(a, b):  # by scipy-free quantiles, on other directions
+        a, b = [np.sort(v.flatten(1).double().numpy() @ directions, axis=0) for v in (a, b)]
+        return ((a - b)**2).mean()**0.5
+
+    assert metrics["sw2"] == pytest.approx(w2(ours, theirs[:200]), rel=0.05)
+    assert metrics["sw2_teacher"] == pytest.approx(w2(theirs[200:], theirs[:200]), rel=0.05)
+    values = [json.loads(line)["sw2"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    best = torch.load(folder / "g_best.pt", weights_only=True)
+    assert best["meta"]["step"] == values.index(min(values))
+    assert "sliced W2" in capsys.readouterr().out
+    common.save({"images": theirs[:7]}, folder / "teacher_samples.pt")
+    with pytest.raises(UserError, match="remove the file"):
+        edm.compare_with_teacher(edm.load_denoiser(tiny)[0], folder / "teacher_samples.pt")
 
 
 def test_the_default_command(tmp_path, quick, monkeypatch, capsys):
@@ -529,7 +559,10 @@ class Foreign(nn.Module):
         return (x + t.reshape(len(x), 1, 1, 1) * h) / (1 + t.square() + 0 * self.table[0])
 
 
-grey = lambda: Foreign(channels=1)
+def grey():
+    net = Foreign(channels=1)
+    net.image_range, net.sigma_range = (-3, 5), (0.01, 20)
+    return net
 
 
 @pytest.mark.parametrize("name, channels", [("Foreign", 3), ("grey", 1)])
@@ -541,7 +574,11 @@ def test_a_teacher_of_the_users_own(name, channels, tmp_path, refused, capsys):
         edm.main(["--sample", str(run), "--teacher", own, "--n", "3", *more, "--device", "cpu"])
         edm.main(["--sample", str(run), "--teacher", own, "--n", "3", *more, "--device", "cpu",
                   "--out", str(tmp_path / f"x{len(more)}.npz")])
-    assert np.load(tmp_path / "x1.npz")["teacher"].shape == (3, 8, 8, channels)
+    arrays = np.load(tmp_path / "x1.npz")
+    assert arrays["teacher"].shape == (3, 8, 8, channels) and arrays["teacher"].dtype == np.uint8
+    values = torch.from_numpy(arrays["teacher_values"])  # which no rounding to bytes has touched
+    shown = common.to_uint8((values + 3) / 4 - 1 if channels == 1 else values)
+    assert (shown.movedim(1, -1).numpy() == arrays["teacher"]).all()
     for more in (["--teacher-sample"], []):  # a file names nothing to import
         line = refused(edm.main, ["--sample", run, *more, "--out", tmp_path / "y.npz"])
         assert f"--teacher {own}" in line and "add this option" in line

@@ -1,13 +1,19 @@
 """lab/wrappers.py: each kind of network, in closed form for one Gaussian, gives the denoiser.
 lab/check_teacher.py: wrong teachers are named, and the settings suit a Gaussian."""
 import importlib
+import json
 import math
+import os
+import sys
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from common import UserError
+
+edm = importlib.import_module("02_edm_cifar")
 wrappers, check = [importlib.import_module(f"lab.{name}") for name in ("wrappers", "check_teacher")]
 MEAN, STD = 3.0, 2.0  # of the data in the network's units
 ABAR = torch.linspace(0.9999, 0.001, 1000, dtype=torch.float64)
@@ -81,6 +87,57 @@ def test_labels_reach_the_network():
     assert (net(x, t) == 0).all() and (net(x, t, torch.ones(3, 2)) == 4 * 6 / 2).all()
 
 
+def test_where_a_sampler_begins_and_ends():
+    """At the noise levels of a table's ends, in the units of stage 2; or where one says so."""
+    table = wrappers.DDPM(Exact(of_step("eps")), ABAR, "eps", (1, 4, 4), scale=2.0)
+    assert table.sigma_range == pytest.approx((0.0001**0.5 / 2, 999**0.5 / 2), rel=1e-3)
+    ends = wrappers.DDPM(Exact(of_step("eps")), [0.9, 0.1, 0.0], "eps", (1, 4, 4))
+    assert ends.sigma_range == pytest.approx(((1 / 9)**0.5, 3.0))  # no sampler starts at infinity
+    flow = CASES["flow"](sigma_range=(0.1, 10.0), image_range=(0, 8))
+    seen, z = [], torch.randn(2, 1, 4, 4)
+    flow.denoise, inner = lambda u, t: (seen.append(t), inner(u, t))[1], flow.denoise
+    edm.sample_teacher(flow, z, z.new_zeros(2, 0), num_steps=4)
+    assert seen[0].max() == pytest.approx(10) and seen[-1].min() == pytest.approx(0.1)
+    assert edm.on_screen(flow, torch.tensor([0.0, 4.0, 8.0])).tolist() == [-1, 0, 1]
+    assert edm.on_screen(edm.make_unet(img_resolution=8, model_channels=4), z) is not None
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_teacher_of_diffusers(kind, tmp_path, monkeypatch, refused):
+    """A folder that diffusers wrote; the denoised image is what its own scheduler computes."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+                                 block_out_channels=(8, 16), norm_num_groups=4, num_class_embeds=3,
+                                 down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                                 up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    schedule = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind,
+                                       clip_sample=False)
+    unet.save_pretrained(tmp_path / "unet")
+    schedule.save_pretrained(tmp_path / "scheduler")
+    net = wrappers.diffusers_unet(tmp_path)
+    assert net.image_shape == (1, 8, 8) and net.label_dim == 3
+    for step in (5, 400, 900):
+        abar = schedule.alphas_cumprod[step]
+        y, label = torch.randn(1, 1, 8, 8), torch.tensor([step % 3])
+        with torch.no_grad():
+            out = unet(y, step, class_labels=label).sample
+            x = net(y / abar.sqrt(), ((1 - abar) / abar).sqrt(), torch.eye(3)[label])
+        expected = schedule.step(out, step, y).pred_original_sample
+        torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    edm.main(["--teacher", f"{__name__}:from_diffusers", "--steps", "1", "--batch", "2", "--judge",
+              "none", "--device", "cpu", "--out", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="expected a local folder of diffusers"):
+        wrappers.diffusers_unet(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    line = refused(edm.main, ["--teacher", f"{__name__}:from_diffusers"])
+    assert "pip install diffusers" in line
+
+
+from_diffusers = lambda: wrappers.diffusers_unet(os.environ["FOLDER"])
+
+
 # ---- check_teacher ----
 def unwrapped(kind):
     """A network of this kind, taken for a denoiser of data N(0, 0.5^2)."""
@@ -131,3 +188,68 @@ def test_a_page_about_a_teacher(tmp_path, capsys):
     with Image.open(picture) as image:
         assert image.width == image.height
     importlib.import_module("02_edm_cifar").stage_parser().parse_args(words[3:])
+
+
+# ---- from a foreign score network to a one-step generator ----
+class Blobs(nn.Module):
+    """A score network (variance preserving, continuous time) that knows nothing of this project:
+    images of 8 x 8 pixels and one channel, a blob of height 6 to 8 on a background of 0."""
+    def __init__(self, width=256):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64 + 16, width), nn.SiLU(), nn.Linear(width, width),
+                                    nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                    nn.Linear(width, 64))
+
+    def eps(self, y, tau):
+        waves = (tau[:, None] * 2.0**torch.arange(8)).mul(math.pi / 2)
+        inputs = torch.cat([y.flatten(1), waves.sin(), waves.cos()], dim=1)
+        return self.layers(inputs).reshape(y.shape)
+
+    def forward(self, y, tau):
+        return -self.eps(y, tau) / column(deviation(tau))
+
+
+def deviation(tau):
+    return (1 - torch.exp(-(0.1 * tau + 19.9 * tau**2 / 2))).sqrt()
+
+
+def draw_blobs(n):
+    place, axis = 2 + 3 * torch.rand(n, 2, 1), torch.arange(8.0)
+    row, col = torch.exp(-(axis - place)**2 / 2).unbind(1)
+    return ((6 + 2 * torch.rand(n, 1, 1)) * row[:, :, None] * col[:, None, :])[:, None]
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory):
+    """Denoising score matching of the network, in its own units. -> the file of its weights"""
+    torch.manual_seed(0)
+    net, steps = Blobs(), 6000
+    adam = torch.optim.Adam(net.parameters())
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        tau, u_0 = 1e-3 + 0.999 * torch.rand(256), draw_blobs(256)
+        eps, s = torch.randn_like(u_0), column(deviation(tau))
+        adam.zero_grad()
+        (net.eps((1 - s**2).sqrt() * u_0 + s * eps, tau) - eps).square().sum(1).mean().backward()
+        adam.step()
+    path = tmp_path_factory.mktemp("blobs") / "blobs.pt"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def blobs_teacher():
+    net = Blobs()
+    net.load_state_dict(torch.load(os.environ["BLOBS"], weights_only=True))
+    return wrappers.VPScore(net, (1, 8, 8), scale=7.0, image_range=(0, 1), sigma_range=(0.01, 20))
+
+
+@pytest.mark.slow
+def test_from_check_teacher_to_a_generator(blobs, tmp_path, monkeypatch, capsys):
+    """As the README says: the page about the teacher, then the command that the page ends with."""
+    monkeypatch.setenv("BLOBS", str(blobs))
+    own = f"{__name__}:blobs_teacher"
+    check.main([own, "--n", "400", "--out", str(tmp_path / "x.png"), "--device", "cpu"])
+    command = capsys.readouterr().out.splitlines()[-1].split()[3:]
+    edm.main([*command, "--out", str(tmp_path / "run"), "--device", "cpu"])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["sw2"] < 2 * metrics["sw2_teacher"], metrics

@@ -34,17 +34,19 @@ def denoise(d_q, x, t, labels, amp="none"):
 
 
 @torch.no_grad()
-def check_large_noise(d_q, labels, t=80.0):
+def check_large_noise(d_q, labels):
     """UserError if the output is the noise, where the input is nothing but noise. The output of a
-    denoiser, too, follows the noise, but is small: the variance of the data over t."""
+    denoiser, too, may follow the noise, but its size is another one: small if the teacher is good
+    there (the variance of the data over t), or large, an error times t, if the teacher is not."""
+    t = getattr(d_q, "sigma_range", (0.002, 80.0))[1]
     eps = torch.randn(len(labels), *d_q.image_shape, device=labels.device)
     y = denoise(d_q, t * eps, t, labels)
     require(y.isfinite().all(), f"the output at t = {t:g} is not finite")
     follows = correlation(y, eps)
-    require(follows < 0.5 or y.std() < 0.5, f"at t = {t:g} the output is the noise (correlation "
-            f"{follows:.2f}): a network that predicts eps; lab/wrappers.py makes a denoiser of it")
-    require(follows > -0.5, f"at t = {t:g} the output is minus the noise (correlation "
-            f"{follows:.2f}): a score; lab/wrappers.py makes a denoiser of it")
+    for kind, sign, size in (("a network that predicts eps", 1, 1), ("a score", -1, 1 / t)):
+        require(sign * follows < 0.9 or not 0.7 < y.std() / size < 1.4, f"at t = {t:g} the output "
+                f"is the noise times {sign * size:.2g} (correlation {follows:.2f}): {kind}; "
+                "lab/wrappers.py makes a denoiser of it")
 
 
 @torch.no_grad()
@@ -77,8 +79,10 @@ def crossing(rows, error):
 
 def suggest(rows):
     """-> {option: value}: noise levels of both networks over the range where the teacher has
-    something to say, and t* near its upper end, where an error is 90 % of the largest one."""
-    low, high = crossing(rows, LOW), crossing(rows, HIGH * max(e for _, e, _ in rows))
+    something to say, and t* near its upper end, where an error is 90 % of the largest one. Errors
+    above 1 do not count: there the teacher is worse than the mean of the data."""
+    largest = min(1.0, max(error for _, error, _ in rows))
+    low, high = crossing(rows, LOW), crossing(rows, HIGH * largest)
     mean, std = math.log(low * high) / 2, math.log(high / low) / 3.7  # +- 1.85: 94 % of N(0, 1)
     return {"--p-mean": mean, "--p-std": std, "--psi-mean": mean, "--psi-std": std,
             "--t-star": high / 2}

@@ -1,6 +1,7 @@
 """Other ways to one and few steps, in stage 1's frame: the same networks, and as many updates.
 
     python lab/neighbours.py --method dmd              also add, cd, ct, mcm and pagoda
+    python lab/neighbours.py --method few              and what came later: kernel, drifting, sida
     python lab/neighbours.py --method mcm --segments 2
     python lab/neighbours.py --method sim --teacher flow
     python lab/neighbours.py --sample runs/ring-exact-dmd-phuber-0 --n 5000
@@ -23,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import (Run, atomic, batch_sum, count, di_loss, diffuse, draw_times, dsm_loss,
                     edm_sampler, ema_beta, ema_update, heun, l2, load_generator, make_parser,
-                    nowgt, one_line_errors, p_edm, phuber, pick_device, rank_and_ranks, reading,
-                    require, sampling_times, seed_step, sid_loss, sidwgt, sim_loss, train_only,
-                    update)
+                    nowgt, one_line_errors, p_edm, parse_distance, phuber, pick_device,
+                    rank_and_ranks, reading, require, sampling_times, seed_step, sid_loss, sidwgt,
+                    sim_loss, train_only, update)
 
 import torch
 from matplotlib.figure import Figure
@@ -202,7 +203,82 @@ class PaGoDA(Neighbour):
         return (self.generate(self.z[i]) - self.x[i]).norm(dim=1) + F.softplus(-self.logit(x_0))
 
 
-NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA}
+# ---- After the paper ----
+class Kernel(Neighbour):
+    """SIM without d_psi: given x_t, the mean of a batch of g's samples is a closed form, a softmax
+    of distances. No network follows g, so that no network lags behind g. Ours."""
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        student = toy.Mixture(x_0.detach(), 0.0).denoiser
+        _, distance = parse_distance(self.args.distance)
+        return sim_loss(student, self.d_q, x_0, t, distance, self.normal())[0]
+
+
+class Drifting(Neighbour):
+    """Both denoisers in closed form, one over a batch of samples and one over a batch of data, and
+    the gradient of Diff-Instruct: drifting (arXiv 2602.04770) with a Gaussian kernel of width t.
+    There is no teacher: data take the teacher's place."""
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        student, data = [toy.Mixture(x, 0.0).denoiser for x in (x_0.detach(), self.data())]
+        return di_loss(student, data, x_0, t, self.normal())[0]
+
+
+class SiDA(Neighbour):
+    """SIM and a GAN without a network of its own (SiDA, arXiv 2410.14919): the mean of d_psi's last
+    hidden layer at x_t is the logit of "x_t comes from data". The weight 0.1 is ours."""
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.d_psi.model.layers[-1].register_forward_pre_hook(self.keep)
+
+    def keep(self, layer, inputs):
+        self.logits = inputs[0].mean(1)  # (B,), of the last call of d_psi
+
+    def psi(self):
+        x_0, x = self.generate(self.normal()), self.data()
+        t = draw_times(self.args, "psi", (len(x_0), 1), **self.where)
+        loss = dsm_loss(self.d_psi, x_0, t, self.normal()) + 0.1 * F.softplus(self.logits)
+        self.d_psi(diffuse(x, t, self.normal()), t)
+        return loss + 0.1 * F.softplus(-self.logits)
+
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        _, distance = parse_distance(self.args.distance)
+        loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, distance, self.normal())
+        return loss + 0.1 * F.softplus(-self.logits)
+
+
+class Few(DMD):
+    """SIM for a generator of several steps (SiD, arXiv 2505.12674): each step but the first adds
+    new noise to the sample of the step before. An update trains the samples of one step, drawn
+    uniformly, and the steps before get no gradient."""
+    def __init__(self, *arguments):
+        Neighbour.__init__(self, *arguments)
+
+    def generate(self, z):
+        steps = torch.randint(self.args.segments, (), **self.where).item() + 1
+        return renoised_steps(self.g, z, self.args.t_star, self.args.segments, steps, self.where)
+
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        _, distance = parse_distance(self.args.distance)
+        return sim_loss(self.d_psi, self.d_q, x_0, t, distance, self.normal())[0]
+
+
+def renoised_steps(g, z, t_star, segments, steps=None, where=None):
+    """Standard normal z (B, 2) -> samples of the first `steps` of `segments` evaluations of g, at
+    times that fall from t* in equal parts. The gradient is that of the last evaluation."""
+    x_0, noise = torch.zeros_like(z), z
+    where = where or {"device": z.device, "generator": torch.Generator(z.device).manual_seed(0)}
+    for i in range(steps or segments):
+        t = t_star * (1 - i / segments)
+        x_0 = g(x_0.detach() + t * noise, t)
+        noise = torch.randn(z.shape, **where)
+    return x_0
+
+
+NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA,
+              "kernel": Kernel, "drifting": Drifting, "sida": SiDA, "few": Few}
 
 
 def train(args, d_q, run, evaluate, mixture):
@@ -269,21 +345,25 @@ def gaussian_figure(path):
 # ---- The command line ----
 FROM_NOISE = {"t_star": 80.0}
 PRESETS = {"cd": FROM_NOISE, "mcm": {"segments": 4, **FROM_NOISE}, "pagoda": FROM_NOISE,
-           "ct": {"pretrain_steps": 0, **FROM_NOISE}}  # ct has no teacher to start from
-READ_ONLY_BY = {"mcm": "segments",  # methods -> options that no other method reads
+           "ct": {"pretrain_steps": 0, **FROM_NOISE},  # ct has no teacher to start from
+           "few": {"segments": 2}}
+READ_ONLY_BY = {"mcm few": "segments",  # methods -> options that no other method reads
                 "sid": "sid_alpha",
-                "sim sid di": "distance weight psi_updates batch_gpu",
-                "sim sid di dmd": "psi_mean psi_std",
-                "sim sid di dmd add": "p_theta p_mean p_std",
-                "sim sid di dmd add cd mcm pagoda": "teacher pretrain_steps"}
+                "sim sid di": "weight psi_updates batch_gpu",
+                "sim sid di kernel sida few": "distance",
+                "sim sid di dmd sida few": "psi_mean psi_std",
+                "sim sid di dmd add kernel drifting sida few": "p_theta p_mean p_std",
+                "sim sid di dmd add cd mcm pagoda kernel sida few": "teacher",
+                "sim sid di dmd add cd mcm pagoda kernel drifting sida few": "pretrain_steps"}
 
 
 def sample(args):
     """--sample: as in stage 1, with as many evaluations of g as the run has segments."""
     _, _, meta = load_generator(args.sample, make_denoiser)
     with reading(args.sample, "a run of this script or of stage 1"):
-        segments = int(meta.get("segments", 1))
-    toy.sample(args, make_denoiser, partial(few_steps, segments=segments))
+        segments, few = int(meta.get("segments", 1)), meta.get("few", False)
+    toy.sample(args, make_denoiser, partial(renoised_steps if few else few_steps,
+                                            segments=segments))
 
 
 def parse(argv):
@@ -292,7 +372,7 @@ def parse(argv):
     parser = make_parser(__doc__, NEIGHBOURS, **toy.RING)
     toy.add_toy_options(parser, teachers=("exact", "learned", "flow"))
     parser.add_argument("--segments", type=count, default=1,
-                        help="evaluations of g for a sample, 4 with --method mcm")
+                        help="evaluations of g for a sample, 4 with --method mcm, 2 with few")
     parser.add_argument("--gaussian", metavar="FILE", help="only draw section 5.3.1 of the notes")
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).method, {}))
     args, defaults = parser.parse_args(argv), parser.parse_args([])
@@ -321,11 +401,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     flow, mixture = args.teacher == "flow", toy.make_mixture(args.mixture, device)
     net = make_denoiser(flow).to(device)
-    run = toy.prepare(args, folder, net, {"flow": flow}, segments=args.segments)
+    few = args.method == "few"
+    run = toy.prepare(args, folder, net, {"flow": flow}, segments=args.segments, few=few)
     if not run.finished():
         loop = partial(train, mixture=mixture) if args.method in NEIGHBOURS else toy.train
         pretrain = partial(toy.pretrain, loss_of=flow_loss) if flow else toy.pretrain
-        sampler = partial(few_steps, segments=args.segments)
+        sampler = partial(renoised_steps if few else few_steps, segments=args.segments)
         toy.distil(args, run, mixture, net, loop, pretrain, sampler)
         print(f"next: python lab/neighbours.py --sample {folder} --n 5000")
 

@@ -30,7 +30,7 @@ def posterior_mean(x, t):
 
 def make(method, g, segments=1, d_psi=None, batch=2000):
     """A method whose data are N(0, STD^2) in the plane."""
-    flags = ["--segments", str(segments)] if method == "mcm" else []
+    flags = ["--segments", str(segments)] if method in ("mcm", "few") else []
     args = lab.parse([*SHORT, "--method", method, "--batch", str(batch), *flags])
     mixture = toy.Mixture(torch.zeros(1, 2), STD)
     return lab.NEIGHBOURS[method](args, mixture, posterior_mean, SimpleNamespace(g=g, d_psi=d_psi))
@@ -238,6 +238,89 @@ def test_velocity_and_score():
         torch.testing.assert_close(lab.FlowPrecond(velocity)(x, t), mixture.denoiser(x, t))
 
 
+@pytest.mark.parametrize("method", ["kernel", "drifting"])
+def test_without_a_second_network_the_gradient_is_that_of_the_batch(method):
+    """For g(x, t) = scale x the samples are N(0, (2.5 scale)^2), and the gradient points to the
+    data's STD from both sides. In kernel it is that of SIM with the denoiser of 1500 points."""
+    found = {}
+    for std in (0.5 * STD, STD, 2 * STD):
+        g = Affine(std / 2.5)
+        neighbour = make(method, g, batch=1500)
+        found[std] = gradient(neighbour.theta(), g)
+    assert found[0.5 * STD] < 0 < found[2 * STD]
+    assert abs(found[STD]) < 0.5 * min(abs(found[0.5 * STD]), found[2 * STD])
+    neighbour.begin(4)  # draws the same numbers again, for the loss by hand
+    z, t, eps = neighbour.normal(), neighbour.time(), None
+    data = neighbour.data() if method == "drifting" else None
+    x_0, eps = g(2.5 * z, 2.5), neighbour.normal()
+    x_t = x_0 + t * eps
+    mean = lambda points: torch.softmax(-torch.cdist(x_t, points)**2 / (2 * t**2), 1) @ points
+    teacher = mean(data) if method == "drifting" else posterior_mean(x_t, t)
+    y = mean(x_0.detach()) - teacher
+    if method == "drifting":
+        by_hand = (y.detach() * x_0).sum(1)
+    else:
+        unit = y / (y.pow(2).sum(1, keepdim=True) + 1e-6).sqrt()
+        by_hand = -(unit * (mean(x_0.detach()) - x_0)).sum(1)
+    assert gradient(by_hand, g) == pytest.approx(found[2 * STD], rel=1e-2)
+
+
+def test_sida_is_sim_and_a_gan_on_d_psis_last_hidden_layer():
+    torch.manual_seed(0)
+    g, d_psi = Affine(0.4), toy.make_denoiser(width=8)
+    sida = make("sida", g, d_psi=d_psi, batch=50)
+    loss = sida.psi()
+    sida.begin(4)
+    z, x = sida.normal(), sida.data()
+    x_0, t = (0.4 * 2.5 * z).detach(), (-1.2 + 1.2 * torch.randn(50, 1, **sida.where)).exp()
+    hidden = {}
+    d_psi.model.layers[-1].register_forward_pre_hook(
+        lambda layer, inputs: hidden.update(h=inputs[0].mean(1)))
+    weight = ((t**2 + 0.25) / (t * 0.5)**2)
+    dsm = (weight * (d_psi(x_0 + t * sida.normal(), t) - x_0)**2).sum(1)
+    fake = hidden["h"]
+    d_psi(x + t * sida.normal(), t)
+    expected = dsm + 0.1 * (F.softplus(fake) + F.softplus(-hidden["h"]))
+    torch.testing.assert_close(loss, expected)
+    sida.begin(4)
+    gan = gradient(sida.theta(), g)
+    sida.begin(4)
+    z, t = sida.normal(), sida.time()
+    x_0 = g(2.5 * z, 2.5)
+    x_t = x_0 + t * sida.normal()
+    student = d_psi(x_t, t)
+    y = student - posterior_mean(x_t, t)
+    unit = y / (y.pow(2).sum(1, keepdim=True) + 1e-6).sqrt()
+    by_hand = -(unit * (student - x_0)).sum(1) + 0.1 * F.softplus(-hidden["h"])
+    assert gan == pytest.approx(gradient(by_hand, g), rel=1e-4)
+
+
+def test_few_trains_each_of_its_steps_and_samples_by_all():
+    """With the exact denoiser as g: the samples of each step, from noise added anew."""
+    seen = []
+
+    def g(x, t):
+        seen.append((x, t))
+        return x * torch.tensor(0.5)
+
+    few = make("few", g, segments=4, batch=20_000)
+    numbers = set()
+    for step in range(40):
+        few.begin(step)
+        seen.clear()
+        few.generate(few.normal())
+        numbers.add(len(seen))
+    assert numbers == {1, 2, 3, 4}
+    seen.clear()
+    z = torch.randn(20_000, 2)
+    x = lab.renoised_steps(g, z, 2.5, 4)
+    assert [t for _, t in seen] == pytest.approx([2.5, 1.875, 1.25, 0.625])
+    assert torch.equal(seen[0][0], 2.5 * z) and torch.equal(x, seen[-1][0] * 0.5)
+    for (before, _), (after, t) in zip(seen, seen[1:]):  # x_0 of the step before, and new noise
+        noise = (after - 0.5 * before) / t
+        assert abs(noise.std() - 1) < 0.02 and abs((noise * before).mean()) < 0.05
+
+
 def test_flow_loss_is_least_for_the_velocity_and_tau_spans_0_to_1():
     x_0, seen = torch.randn(4000, 2, dtype=torch.float64), []
     net = SimpleNamespace(net=lambda x, tau: seen.append((x, tau)) or 0 * x)
@@ -282,7 +365,8 @@ def test_what_learns_and_that_a_killed_run_continues(method, tmp_path, monkeypat
     again = torch.load(tmp_path / "killed" / "ckpt.pt")
     assert all(same(parts[name], again[name]) for name in ("g", "g_ema", "d_psi", "learned"))
     assert not same(parts["g"], parts["learned"])
-    assert same(parts["d_psi"], parts["learned"]) == (method in ("cd", "ct", "mcm"))
+    without_d_psi = ("cd", "ct", "mcm", "kernel", "drifting")
+    assert same(parts["d_psi"], parts["learned"]) == (method in without_d_psi)
     torch.manual_seed(0)
     assert same(lab.make_denoiser().state_dict(), parts["learned"]) == (method == "ct")
 
@@ -322,8 +406,8 @@ def test_the_gaussian_figure(tmp_path, refused):
 def test_defaults_follow_the_method():
     for method in ("sim", *lab.NEIGHBOURS):
         args = lab.parse(["--method", method])
-        assert args.t_star == (2.5 if method in ("sim", "dmd", "add") else 80)
-        assert args.segments == (4 if method == "mcm" else 1)
+        assert args.t_star == (80 if method in ("cd", "ct", "mcm", "pagoda") else 2.5)
+        assert args.segments == {"mcm": 4, "few": 2}.get(method, 1)
     args = lab.parse("--method mcm --t-star 3 --segments 2".split())
     assert args.t_star == 3 and args.segments == 2
 

@@ -86,7 +86,7 @@ def test_outputs_are_stored(cells):
 
 def test_files_are_small():
     for name in ("lesson", "lesson_solutions"):
-        assert (ROOT / "lab" / f"{name}.ipynb").stat().st_size < 700_000
+        assert (ROOT / "lab" / f"{name}.ipynb").stat().st_size < 600_000
 
 
 def test_places():

@@ -34,13 +34,13 @@ from torch.nn import functional as F
 PAPER = {  # Table 5, (B.5)-(B.10); the paper leaves steps, EMA, dropout and eps open: SiD's code
     "method": "sim", "sid_alpha": 1.0, "steps": 2_000_000, "batch": 256, "lr": 1e-5,
     "anneal": "none", "t_star": 2.5, "p_theta": "lognormal", "p_mean": -3.5, "p_std": 2.5,
-    "psi_mean": -1.2, "psi_std": 1.2, "psi_updates": 1, "ema_half_life": 5e5, "dropout": 0.13,
-    "adam_eps": 1e-8, "amp": "none", "save_every": 1000, "log_every": 50, "n": 64}
+    "psi_mean": -1.2, "psi_std": 1.2, "t_max": 1e9, "psi_updates": 1, "ema_half_life": 5e5,
+    "dropout": 0.13, "adam_eps": 1e-8, "amp": "none", "save_every": 1000, "log_every": 50, "n": 64}
 PRESETS = {
     "paper": PAPER,
     "sid": PAPER | {"method": "sid", "sid_alpha": 1.2, "p_theta": "karras"},  # SiD's code
     "fashion": PAPER | {  # the best of a few tries (lab/RESULTS.md), not of a search
-        "steps": 450, "batch": 16, "lr": 4e-4, "anneal": "linear", "t_star": 5.0, "p_mean": 0.0,
+        "steps": 450, "batch": 16, "lr": 1e-4, "anneal": "linear", "t_star": 5.0, "p_mean": 0.0,
         "p_std": 1.6, "psi_mean": 0.0, "psi_std": 1.6, "ema_half_life": 2e3, "dropout": 0.0,
         "save_every": 100, "log_every": 10}}
 FASHION, JUDGE = [Path(__file__).parent / "assets" / f"fashion_{name}.pt"

@@ -159,12 +159,15 @@ def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
 
 
 def draw_times(args, phase, shape, **where):
-    """An update's noise levels, for phase "psi" or "theta", by the options of the stages."""
+    """An update's noise levels, for phase "psi" or "theta", by the options of the stages. Larger
+    ones than --t-max become --t-max: a teacher knows nothing there if it was not trained there."""
     if phase == "psi":
-        return p_edm(shape, args.psi_mean, args.psi_std, **where)  # (B.6)
-    if args.p_theta == "karras":
-        return p_karras(shape, **where)  # (B.8)
-    return p_edm(shape, args.p_mean, args.p_std, **where)  # (B.10)
+        t = p_edm(shape, args.psi_mean, args.psi_std, **where)  # (B.6)
+    elif args.p_theta == "karras":
+        t = p_karras(shape, **where)  # (B.8)
+    else:
+        t = p_edm(shape, args.p_mean, args.p_std, **where)  # (B.10)
+    return t.clamp(max=args.t_max)
 
 
 def lambda_edm(t, sigma_data=0.5):
@@ -580,6 +583,7 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--p-std", type=positive, help="std of g's log t (B.10: 2.5; B.3: 2)")
     add("--psi-mean", type=real, help="mean of d_psi's log t (B.6: -1.2; B.3: -2)")
     add("--psi-std", type=positive, help="std of d_psi's log t (B.6: 1.2; B.3: 2)")
+    add("--t-max", type=positive, help="largest noise level of both (B.3: 156.6)")
     add("--psi-updates", type=count, help="for each update of g (Algorithm 2: 1; Listing 1: 2)")
     add("--ema-half-life", type=positive, help="of g's average, in samples (SiD: 5e5)")
     if images:

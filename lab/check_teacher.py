@@ -80,12 +80,13 @@ def crossing(rows, error):
 def suggest(rows):
     """-> {option: value}: noise levels of both networks over the range where the teacher has
     something to say, and t* near its upper end, where an error is 90 % of the largest one. Errors
-    above 1 do not count: there the teacher is worse than the mean of the data."""
+    above 1 do not count: there the teacher is worse than the mean of the data. Beyond --t-max a
+    teacher's errors are most of y_t, and a few updates of such noise can ruin a generator."""
     largest = min(1.0, max(error for _, error, _ in rows))
     low, high = crossing(rows, LOW), crossing(rows, HIGH * largest)
     mean, std = math.log(low * high) / 2, math.log(high / low) / 3.7  # +- 1.85: 94 % of N(0, 1)
     return {"--p-mean": mean, "--p-std": std, "--psi-mean": mean, "--psi-std": std,
-            "--t-star": high / 2}
+            "--t-max": high, "--t-star": high / 2}
 
 
 def report(args, x_0, rows):

@@ -179,11 +179,12 @@ def test_a_page_about_a_teacher(tmp_path, capsys):
         assert error == pytest.approx(t**2 / (t**2 + 0.25), rel=0.15)
     words = lines[-1].split()
     found = {name: float(words[words.index(name) + 1])
-             for name in ("--p-mean", "--p-std", "--psi-mean", "--psi-std", "--t-star")}
+             for name in ("--p-mean", "--p-std", "--psi-mean", "--psi-std", "--t-max", "--t-star")}
     low, high = 0.5 * (0.01 / 0.99)**0.5, 0.5 * 9**0.5  # the errors there are 1 % and 90 %
     assert found["--p-mean"] == pytest.approx(math.log(low * high) / 2, abs=0.15)
     assert found["--p-std"] == pytest.approx(math.log(high / low) / 3.7, abs=0.1)
     assert found["--t-star"] == pytest.approx(high / 2, rel=0.2)
+    assert found["--t-max"] == pytest.approx(high, rel=0.2)
     assert found["--psi-mean"] == found["--p-mean"] and "std 0.5" in lines[0]
     with Image.open(picture) as image:
         assert image.width == image.height

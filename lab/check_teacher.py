@@ -103,8 +103,8 @@ def report(args, x_0, rows):
     print("--amp bf16 adds less than a hundredth to these errors" if safe else
           "--amp bf16 is not safe: its rounding is more than a hundredth of the error")
     options = " ".join(f"{name} {value:.2g}" for name, value in suggest(rows).items())
-    print(f"next: python 02_edm_cifar.py --teacher {args.teacher} {options} --lr 1e-4 "
-          "--anneal linear --ema-half-life 2000 --dropout 0 --batch 32 --steps 1000")
+    print(f"next: python 02_edm_cifar.py --teacher {args.teacher} {options} --lr 3e-4 "
+          "--anneal linear --ema-half-life 2000 --dropout 0 --batch 32 --steps 2000")
 
 
 @one_line_errors

@@ -374,8 +374,9 @@ def summarise(run, mixture, d_q, student, n=10_000, sets=8):
     figures |= {f"{key}_exact": v for key, v in results["data"].items()}
     panels = [np.array(panel(mixture, group[0], name)) for name, group in samples.items()]
     save_picture(Image.fromarray(np.hstack(panels)), run.folder / "samples.png")
-    frames = [Image.open(path) for path in sorted((run.folder / "samples").glob("[0-9]*.png"))]
-    save_picture(frames[0], run.folder / "animation.gif", frames[1:])
+    paths = sorted((run.folder / "samples").glob("[0-9]*.png"))
+    if frames := [Image.open(path, formats=["PNG"]) for path in paths]:  # or samples/ is gone
+        save_picture(frames[0], run.folder / "animation.gif", frames[1:])
     seconds = run.finish(**results["generator"], **figures)["seconds"]
     print(f"{seconds:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for name, r in results.items():

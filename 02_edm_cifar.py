@@ -17,10 +17,10 @@ from pathlib import Path
 
 from common import (EDMPrecond, Run, as_denoiser, batch_sum, checked, distance_to_truth,
                     draw_latents, draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, fetch,
-                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
-                    make_parser, make_parts, micro_batches, one_line_errors, pick_device, reading,
-                    require, sample_path, save_picture, seed_step, sha256, to_uint8, train_only,
-                    update, write_samples)
+                    image_grid, lambda_edm, load_frozen, load_generator, load_saved,
+                    make_generator_loss, make_parser, make_parts, micro_batches, one_line_errors,
+                    pick_device, reading, require, sample_path, save_picture, seed_step, sha256,
+                    to_uint8, train_only, update, write_samples)
 
 import numpy as np
 import torch
@@ -217,8 +217,10 @@ class SongUNet(nn.Module):
 def make_unet(**net_args):
     """SongUNet's arguments, which may come from a file -> net(x, t, class_labels=None), a denoiser
     that knows its image_shape (C, H, W) and label_dim. UserError for too many layers."""
-    require(net_args.get("num_blocks", 4) <= 32 and len(net_args.get("channel_mult", ())) <= 8,
-            "more blocks or levels than such a network has")
+    require(net_args.get("num_blocks", 4) <= 32 and len(net_args.get("channel_mult", ())) <= 8 and
+            net_args.get("label_dim", 0) in range(8193) and
+            all(0 <= net_args.get(name, 0) < 1 for name in ("dropout", "label_dropout")),
+            "blocks, levels, classes or dropout that no such network has")
     net = EDMPrecond(SongUNet(**net_args))
     net.net_args, net.label_dim = net_args, net_args.get("label_dim", 0)
     net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)
@@ -335,14 +337,15 @@ def load_judge(path, image_shape):
     and judge.meta["floor"] the figures of other true images. UserError for another file, or for a
     judge of images that are not (C, H, W) = image_shape."""
     with reading(path, f"a judge of images {tuple(image_shape)}, made by lab/teachers.py"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_saved(path)
         judge = load_frozen(Judge, saved["net_args"], saved["state_dict"])
         judge.meta, judge.sha256 = dict(saved["meta"]), sha256(path)
         net_args, d = saved["net_args"], judge.head.in_features
         shape = (net_args["channels"], net_args["side"], net_args["side"])
         require(shape == tuple(image_shape), f"a judge of images {shape}")
         require(judge.meta["mu"].shape == (d,) and judge.meta["sigma"].shape == (d, d) and
-                "fd_floor" in judge.meta["floor"], "without the moments of true images")
+                judge.meta["floor"]["fd_floor"] + sum(judge.meta["floor"].values()) >= 0,
+                "without the moments of true images")
     return judge
 
 
@@ -371,7 +374,7 @@ def find_judge(args, d_q, meta):
             f"the judge knows {classes} classes, the teacher {d_q.label_dim}")
     known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
     if meta.get("judge_sha256") == judge.sha256:
-        known |= meta["judged"]
+        known |= meta.get("judged", {})
     return judge.to(next(d_q.parameters()).device), known
 
 

@@ -22,10 +22,10 @@ from types import SimpleNamespace
 
 from common import (EDMPrecond, Run, as_denoiser, batch_sum, checked, count, distance_to_truth,
                     dpm_solver, draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update,
-                    image_grid, lambda_edm, load_frozen, load_generator, make_generator_loss,
-                    make_parser, make_parts, micro_batches, one_line_errors, p_edm, pick_device,
-                    progress, reading, require, sample_path, save_once, save_picture, seed_step,
-                    sha256, train_only, update, write_samples)
+                    image_grid, lambda_edm, load_frozen, load_generator, load_saved,
+                    make_generator_loss, make_parser, make_parts, micro_batches, one_line_errors,
+                    p_edm, pick_device, progress, reading, require, sample_path, save_once,
+                    save_picture, seed_step, sha256, train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -229,9 +229,18 @@ def weights_file(path):
     return next((file for file in files if file.exists()), Path(path))
 
 
-def read_config(folder):
-    with reading(Path(folder) / "config.json", "a file of JSON"):
-        return dict(json.loads((Path(folder) / "config.json").read_text()))
+def check_section(section):
+    """UserError for a part of a config.json that asks for endless layers or for foreign code."""
+    for name, value in section.items():
+        require(value in (None, *range(101)) or not (
+            "layers" in name or name == "extra_ids" or name.endswith("attn_implementation")),
+            f"{name} is {value!r:.20}")
+    return section
+
+
+def read_config(folder, name="config.json"):
+    with reading(Path(folder) / name, "a file of JSON"):
+        return dict(json.loads((Path(folder) / name).read_text(), object_hook=check_section))
 
 
 def read_weights(path):
@@ -239,7 +248,7 @@ def read_weights(path):
     path = weights_file(path)
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_saved(path)
 
 
 DIFFUSERS = {  # a part of a name in diffusers: PixArt's part. Replaced in this order
@@ -395,6 +404,9 @@ def load_vae_decoder(folder):
 
 
 # ---- Text: T5, once for all prompts ----
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
 def load_transformers():
     """The library, which takes seconds to import, and without its messages."""
     import transformers
@@ -403,19 +415,28 @@ def load_transformers():
     return transformers
 
 
+def load_network(kind, folder, **options):
+    """A network of transformers from a folder. UserError, before anything is allocated, if the
+    files are too small for it; or if a tensor is missing, which transformers would make up."""
+    held = sum(file.stat().st_size for file in Path(folder).iterdir())
+    with torch.device("meta"):
+        weights = kind(kind.config_class(**read_config(folder))).parameters()
+    require(sum(w.numel() for w in weights) <= held, "sizes for which the files are too small")
+    net, info = kind.from_pretrained(folder, output_loading_info=True, **LOCAL, **options)
+    require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
+    return net
+
+
 def load_text_encoder(folder, dtype):
-    """-> T5, tokenizer. UserError if a tensor is missing, which transformers would make up."""
+    """-> T5, tokenizer. UserError for another folder."""
     model, words = subfolder(folder, "text_encoder"), subfolder(folder, "tokenizer")
-    local = {"local_files_only": True, "trust_remote_code": False}
-    layers = read_config(model).get("num_layers")
     with reading(folder, "a T5 encoder: config.json, spiece.model, tokenizer_config.json, "
                  "special_tokens_map.json and the weights"):
-        require(layers <= 100, f"num_layers is {layers}")
         require((words / "spiece.model").exists(), "no spiece.model")  # else a text is one token
-        tokenizer = load_transformers().AutoTokenizer.from_pretrained(words, **local)
-        encoder, info = load_transformers().T5EncoderModel.from_pretrained(
-            model, dtype=dtype, output_loading_info=True, **local)
-        require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
+        read_config(words, "tokenizer_config.json")
+        tokenizer = load_transformers().AutoTokenizer.from_pretrained(words, **LOCAL)
+        tokenizer(["a"])  # model_max_length may be of another type
+        encoder = load_network(load_transformers().T5EncoderModel, model, dtype=dtype)
     return encoder.to(dtype).eval().requires_grad_(False), tokenizer
 
 
@@ -423,6 +444,8 @@ def load_text_encoder(folder, dtype):
 def encode_batches(encoder, tokenizer, prompts, tokens, batch=16):
     """Yields embeddings (B, tokens, C) and masks (B, tokens), 1 for valid tokens, on the CPU.
     A longer prompt is cut, which is said."""
+    with reading("a prompt", "text of at most 10,000 bytes"):
+        require(all(len(prompt.encode()) <= 10_000 for prompt in prompts), "it is longer")
     prompts = [prompt.strip() for prompt in prompts]
     if long := sum(len(ids) > tokens for ids in tokenizer(prompts, verbose=False).input_ids):
         print(f"{long} prompts have more than {tokens} tokens: what is beyond is cut off")
@@ -548,7 +571,7 @@ def load_pipeline(path, device="cpu", t5=None, vae=None, prefer_ema=False):
     """A run, a .pt of ours or load_pixart's path -> Miniature or Pipeline, frozen; t_star; meta."""
     ours = (Path(path) / "args.json").exists()
     with suppress(Exception):  # load_pixart says what is wrong with a file that cannot be read
-        ours = ours or "net_args" in torch.load(path, map_location="meta", weights_only=True)
+        ours = ours or "net_args" in load_saved(path, "meta")
     if ours:
         net, t_star, meta = load_generator(path, build)
     else:
@@ -777,9 +800,9 @@ def sample(args, device):
     z, _ = draw_latents(range(args.seed, args.seed + len(texts)), g.model.image_shape)
     if args.latents:
         with reading(args.latents, f"a torch.save of {tuple(z.shape)}, standard normal"):
-            latents = read_weights(args.latents).float()
+            latents = read_weights(args.latents)
             require(latents.shape == z.shape, f"its shape is {tuple(latents.shape)}")
-            z = latents
+            z = latents.float()
     if args.teacher_steps:
         name = meta.get("teacher") if args.teacher == "auto" else args.teacher
         require(name, f"--teacher-steps: name the teacher of {args.sample} by --teacher")

@@ -283,6 +283,7 @@ def sample(args):
     _, _, meta = load_generator(args.sample, make_denoiser)
     with reading(args.sample, "a run of this script or of stage 1"):
         segments = int(meta.get("segments", 1))
+        require(0 < segments <= 1000, f"{segments} segments")
     toy.sample(args, make_denoiser, partial(few_steps, segments=segments))
 
 

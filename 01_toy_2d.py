@@ -18,8 +18,8 @@ from functools import partial
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
                     draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
                     load_generator, make_generator_loss, make_parser, make_parts, micro_batches,
-                    one_line_errors, p_edm, pick_device, progress, reading, sample_path, save,
-                    save_picture, seed_step, sim_loss, train_only, update)
+                    one_line_errors, p_edm, pick_device, progress, reading, require, sample_path,
+                    save, save_picture, seed_step, sim_loss, train_only, update)
 
 import numpy as np
 import torch
@@ -210,6 +210,7 @@ class MLP(nn.Module):
 
 
 def make_denoiser(**net_args):
+    require(net_args.get("depth", 4) <= 100, "more layers than such a network has")
     return EDMPrecond(MLP(**net_args))
 
 

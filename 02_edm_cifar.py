@@ -344,8 +344,7 @@ def load_judge(path, image_shape):
         shape = (net_args["channels"], net_args["side"], net_args["side"])
         require(shape == tuple(image_shape), f"a judge of images {shape}")
         require(judge.meta["mu"].shape == (d,) and judge.meta["sigma"].shape == (d, d) and
-                judge.meta["floor"]["fd_floor"] + sum(judge.meta["floor"].values()) >= 0,
-                "without the moments of true images")
+                sum(judge.meta["floor"].values(), judge.meta["floor"]["fd_floor"]) >= 0, "no floor")
     return judge
 
 

@@ -11,11 +11,11 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import shlex
 import textwrap
 import time
 from collections import OrderedDict
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,18 +229,13 @@ def weights_file(path):
     return next((file for file in files if file.exists()), Path(path))
 
 
-def check_section(section):
-    """UserError for a part of a config.json that asks for endless layers or for foreign code."""
-    for name, value in section.items():
-        require(value in (None, *range(101)) or not (
-            "layers" in name or name == "extra_ids" or name.endswith("attn_implementation")),
-            f"{name} is {value!r:.20}")
-    return section
-
-
 def read_config(folder, name="config.json"):
+    """A file of JSON -> a dict. UserError if it asks for endless layers, or for code to fetch."""
     with reading(Path(folder) / name, "a file of JSON"):
-        return dict(json.loads((Path(folder) / name).read_text(), object_hook=check_section))
+        config = dict(json.loads((Path(folder) / name).read_text()))
+        asks = r'attn_implementation": "|layers\w*": (\d{3,}|-)|extra_ids": (\d{4,}|-)'
+        require(not (found := re.search(asks, json.dumps(config))), f"it says {found and found[0]}")
+        return config
 
 
 def read_weights(path):
@@ -416,12 +411,12 @@ def load_transformers():
 
 
 def load_network(kind, folder, **options):
-    """A network of transformers from a folder. UserError, before anything is allocated, if the
-    files are too small for it; or if a tensor is missing, which transformers would make up."""
+    """A network of transformers from a folder. UserError if the folder's files are too small for
+    it, before anything is allocated, or lack a tensor, which transformers would make up."""
     held = sum(file.stat().st_size for file in Path(folder).iterdir())
     with torch.device("meta"):
         weights = kind(kind.config_class(**read_config(folder))).parameters()
-    require(sum(w.numel() for w in weights) <= held, "sizes for which the files are too small")
+    require(sum(w.numel() for w in weights) <= held, "its files are too small")
     net, info = kind.from_pretrained(folder, output_loading_info=True, **LOCAL, **options)
     require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
     return net
@@ -529,8 +524,7 @@ class Miniature(nn.Module):
 
 @torch.no_grad()
 def token_features(net, images, t=0.2):
-    """The output of a denoiser's middle block for images (N, C, H, W) at noise level t, with no
-    caption, averaged over tokens: (N, D), on the CPU."""
+    """A denoiser's middle block for images (N, C, H, W), no caption, mean over tokens -> (N, D)"""
     features, model = [], net.model
     middle = model.blocks[len(model.blocks) // 2]
     hook = middle.register_forward_hook(lambda block, inputs, x: features.append(x.mean(1)))
@@ -542,9 +536,8 @@ def token_features(net, images, t=0.2):
 
 # ---- Teachers and generators ----
 class Pipeline:
-    """T5, PixArt's denoiser and the VAE, as three functions that a Miniature has too:
-    encode(prompts) -> a list of captions (L, C), on the CPU; net(x, t, caption, mask) -> denoised;
-    decode(x) -> images (B, 3, H, W), in about [-1, 1]. UserError if a folder is missing."""
+    """T5, PixArt's denoiser and the VAE, as functions that a Miniature has too: encode(prompts) ->
+    captions (L, C), a list; net(x, t, caption, mask) -> denoised; decode(x) -> (B, 3, H, W)."""
     def __init__(self, net, t5, vae):
         self.net, self.device = net, next(net.parameters()).device
         self.folders = {"t5": str(Path(t5).resolve()), "vae": str(Path(vae).resolve())}
@@ -569,10 +562,7 @@ def build(**net_args):
 
 def load_pipeline(path, device="cpu", t5=None, vae=None, prefer_ema=False):
     """A run, a .pt of ours or load_pixart's path -> Miniature or Pipeline, frozen; t_star; meta."""
-    ours = (Path(path) / "args.json").exists()
-    with suppress(Exception):  # load_pixart says what is wrong with a file that cannot be read
-        ours = ours or "net_args" in load_saved(path, "meta")
-    if ours:
+    if Path(path).suffix == ".pt" or (Path(path) / "args.json").exists():
         net, t_star, meta = load_generator(path, build)
     else:
         net, t_star, meta = PixArtPrecond(load_pixart(path, 16, prefer_ema)), PAPER["t_star"], {}
@@ -646,8 +636,8 @@ def sample_teacher(guided, z, caption, mask, num_steps=14, solver="dpm"):
 
 class Test:
     """test(solve), with solve(z, caption, mask) -> x, returns images (N, 3, H, W) of the first 8
-    prompts or of those in a miniature's file, the time of an image and, for a miniature, fd: the
-    Frechet distance to true images in the teacher's own features, which is not FID."""
+    prompts or those in a miniature's file; the time of an image; a miniature's fd, the Frechet
+    distance to true images in the teacher's own features, which is not FID."""
     def __init__(self, pipeline, prompts, captions, meta):
         self.pipeline, self.meta = pipeline, meta
         self.prompts = meta.get("tested", prompts[:8])
@@ -831,8 +821,7 @@ def stage_parser():
     add = parser.add_argument_group("stage 3").add_argument
     add("--teacher", default="auto", help="auto, miniature (embedded), pixart (in checkpoints/), a "
         "run, a .pt of ours, a .pth, or a folder of diffusers")
-    add("--preset", choices=PRESETS, help="the other defaults; with a miniature its own, else "
-        "paper (B.3)")
+    add("--preset", choices=PRESETS, help="other defaults; else a miniature's, or paper (B.3)")
     add("--guidance", type=checked(float, lambda w: w >= 0, "number >= 0"), help="w; 1 is none")
     add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time")

@@ -14,7 +14,6 @@ import inspect
 import json
 import math
 import os
-import secrets
 import signal
 import sys
 import time
@@ -26,9 +25,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# A thread of OpenMP that waits for another one spins, and on a busy machine each small operation
-# then waits for a core. A short spin costs an idle machine a few percent and saves a busy machine a
-# factor of ten. OpenMP reads this variable when torch is loaded, so torch is imported after it.
+# A thread of OpenMP that waits for another one spins, which costs a busy machine a factor of ten; a
+# short spin does not. OpenMP reads this when torch is loaded, so torch is imported after it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -317,8 +315,7 @@ class EDMPrecond(nn.Module):
 
 
 def as_denoiser(net, amp, *cond, **named_cond):
-    """A network of images with its conditions -> a denoiser (x_t, t) -> denoised of x_t's dtype.
-    Under autocast to bfloat16 if amp is "bf16"."""
+    """A network of images and its conditions -> a denoiser, under autocast if amp is "bf16"."""
     def denoiser(x_t, t):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
             return net(x_t, t.expand(len(x_t), 1, 1, 1), *cond, **named_cond).to(x_t.dtype)
@@ -367,8 +364,7 @@ def train_only(net, frozen):
 
 
 def make_parts(denoiser, adam_eps=1e-8):
-    """What Algorithm 2 trains and a Run saves: d_psi, g and g's average g_ema, copies of the
-    denoiser, and an Adam each for d_psi and g, with the betas of Table 5."""
+    """What a Run saves: d_psi, g and g's average g_ema, and two Adams, with Table 5's betas."""
     d_psi, g, g_ema = [copy.deepcopy(denoiser) for _ in range(3)]
     g_ema.eval().requires_grad_(False)
     adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.999), eps=adam_eps, fused=True)
@@ -390,8 +386,7 @@ def update(optimiser, lr):
 
 
 def load_moments(adam, state):
-    """Of a file's Adam only the moments are taken. UserError unless they have the shapes of their
-    weights: torch does not look, and a fused Adam then writes where nothing is."""
+    """Take a file's moments, and no settings. With other shapes, Adam writes where nothing is."""
     adam.load_state_dict(adam.state_dict() | {"state": state["state"]})
     for w, state in adam.state.items():
         for name, shape in {"step": (), "exp_avg": w.shape, "exp_avg_sq": w.shape}.items():
@@ -508,6 +503,8 @@ def one_line_errors(main):
             message, status = "error: out of memory: try a smaller --batch-gpu, --batch or --n", 2
         except KeyboardInterrupt as stop:
             message, status = f"stopped: {str(stop) or 'what was saved is kept'}", 130
+        if os.environ.get("RANK", "0") != "0":  # torchrun ends this rank if the first one fails too
+            time.sleep(5)
         print(message, file=sys.stderr)
         sys.exit(status)
     return wrapped
@@ -610,19 +607,15 @@ def writing(path):
 
 
 @contextmanager
-def atomic(path, sync=True):
-    """Yields a temporary path beside `path`, with its extension, and makes the folder. The name is
-    new: no other process writes there, and no link leads elsewhere. The file gets its own name only
-    if the block succeeds and, with sync, lies on the disk: the file is never half written."""
-    temporary = Path(path).with_name(f".tmp-{secrets.token_hex(6)}-{Path(path).name}")
+def atomic(path):
+    """Yields a temporary path beside `path`, with its extension, and makes the folder. The file
+    gets its own name only if the block succeeds, so that the file is never half written."""
+    temporary = Path(path).with_name(f".tmp-{os.urandom(6).hex()}-{Path(path).name}")
     with writing(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)  # O_EXCL: no link is followed
+        temporary.touch(exist_ok=False)  # a file of our own: no other process's, and no link
         try:
             yield temporary
-            if sync:
-                with temporary.open("r+b") as file:
-                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -635,6 +628,8 @@ def save(value, path):
             temporary.write_text(json.dumps(value, indent=1) + "\n")
         else:
             torch.save(value, temporary)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())  # on the disk before the old file is gone
 
 
 def sha256(path):
@@ -664,18 +659,17 @@ def fetch(url):
     return path
 
 
-def load_saved(path, device="cpu"):
-    """What torch.save wrote, on the device. Nothing in the file is executed. UserError unless it is
-    as it was written, by the sums that torch.save stores and torch.load ignores, and holds what it
-    declares: no record is compressed, and no tensor repeats its numbers."""
-    size = Path(path).stat().st_size
+def load_saved(path):
+    """What torch.save wrote, on the CPU. Nothing in the file is executed. UserError unless the file
+    is as it was written, by the sums that torch.save stores and torch.load ignores, and holds what
+    it declares: no record is compressed, and no tensor repeats its numbers."""
     require(Path(path).is_file(), "it is no file")
+    size = Path(path).stat().st_size
     if zipfile.is_zipfile(path):  # torch's older format is none
         with zipfile.ZipFile(path) as file:
             require(sum(item.file_size for item in file.infolist()) <= size, "it is compressed")
-            damaged = device != "meta" and file.testzip()
-            require(not damaged, f"{damaged} is damaged")
-    saved = torch.load(path, map_location=device, weights_only=True)
+            require((damaged := file.testzip()) is None, f"{damaged} is damaged")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     parts = saved.values() if isinstance(saved, dict) else [saved]
     tensors = [w for part in parts for w in (part.values() if isinstance(part, dict) else [part])]
     require(sum(getattr(w, "nbytes", 0) for w in tensors) <= 2 * size, "tensors repeat numbers")
@@ -683,7 +677,8 @@ def load_saved(path, device="cpu"):
 
 
 META = {"teacher": str, "t5": str, "vae": str, "judged": dict, "prompts": list, "tested": list,
-        "guidance": float, "fd_real": float, "mu": torch.Tensor, "sigma": torch.Tensor}
+        "mu": torch.Tensor, "sigma": torch.Tensor, "guidance": float, "fd_real": float,
+        "fd_teacher": float, "class_accuracy_teacher": float}  # what the stages read in a file
 
 
 def load_generator(path, build, device="meta"):
@@ -694,20 +689,16 @@ def load_generator(path, build, device="meta"):
         saved = load_saved(path)
         t_star, meta = float(saved["t_star"]), dict(saved["meta"])
         require(0 < t_star < math.inf, f"t_star is {t_star}")
-        for name in META.keys() & meta:
-            require(isinstance(meta[name], META[name]), f"{name} is {meta[name]!r:.40}")
-        require(all(isinstance(v, float) for v in meta.get("judged", {}).values()), "its figures")
+        for name, value in (meta | dict(meta.get("judged", {}))).items():
+            require(isinstance(value, META.get(name, object)), f"{name} is {value!r:.40}")
         net = load_frozen(build, saved["net_args"], saved["state_dict"], device)
     return net, t_star, meta
 
 
 def load_frozen(build, net_args, state, device="meta"):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
-    FROZEN: a teacher from a file comes from here, so that none of its weights gets a gradient.
-    On the meta device nothing is allocated for a file that declares more than it holds.
-    UserError unless names and shapes fit and all is finite."""
-    sizes = [size for size in net_args.values() if isinstance(size, int)]
-    require(max(sizes, default=0) <= 8192, f"sizes that no such network has: {sizes}")
+    FROZEN: a teacher from a file comes from here, so that none of its weights gets a gradient. The
+    meta device allocates nothing. UserError unless names and shapes fit and all is finite."""
     with torch.device(device):
         net = build(**net_args)
     shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
@@ -725,10 +716,9 @@ def load_frozen(build, net_args, state, device="meta"):
 # ---- A run ----
 class Run:
     """A training run and its folder: args.json says what the run is, log.jsonl how it went. ckpt.pt
-    holds the parts (networks and optimisers), to continue from; g_ema.pt holds the generator, built
-    by net_args. The same command continues a killed run, bit for bit on a CPU. Each part is an
-    attribute: Run(..., g=g).g is g. facts are what the run is besides its arguments, such as the
-    teacher's SHA-256. UserError, with nothing touched, if the folder is another run's or in use."""
+    holds the parts, to continue from, and g_ema.pt the generator, built by net_args. The same
+    command continues a killed run, bit for bit on a CPU. Run(..., g=g).g is g. facts are what the
+    run is besides its arguments. UserError, with nothing touched, for another run's folder."""
     MAY_CHANGE = {"out", "fresh", "device", "save_every", "log_every", "batch_gpu", "sample", "n",
                   "part", "thorough", "classes", "teacher_sample", "checkpointing", "prompt",
                   "prompt_file", "teacher_steps", "solver", "latents"}  # and the run is the same
@@ -768,7 +758,7 @@ class Run:
         require(record.exists() or not others,
                 f"{self.folder} exists and is no run's folder: name another --out")
         for path in self.folder.glob("*"):  # links would lead elsewhere, and a pipe would wait
-            require(not path.is_symlink() and (path.is_file() or path.is_dir()),
+            require((path.is_file() or path.is_dir()) and not path.is_symlink(),
                     f"{path} is a link or no file: remove it, or name another --out")
         self.lock()
         if record.exists() and self.args.fresh:
@@ -805,8 +795,7 @@ class Run:
         with reading(self.checkpoint, "the checkpoint of this run: start anew with --fresh"):
             state = load_saved(self.checkpoint)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
-            require(0 <= self.step <= self.args.steps and math.isfinite(self.seconds), "its step")
-            require(self.log.exists(), f"{self.log} is gone")
+            require(0 <= self.step <= self.args.steps and self.log.exists(), "log.jsonl is gone")
             for name, part in self.parts.items():
                 load = nn.Module.load_state_dict if isinstance(part, nn.Module) else load_moments
                 load(part, state[name])
@@ -816,8 +805,7 @@ class Run:
             print(f"{self.folder} goes on from step {self.step} of {self.args.steps}")
 
     def finish(self, **figures):
-        """Write metrics.json, as the last file: a run that has this file is finished. -> what
-        metrics.json says: which run it was, how long it took, and its figures."""
+        """Write metrics.json, as the last file, with which run it was and its figures. -> these"""
         names, last = ("method", "distance", "teacher", "seed", "steps", "batch"), self.lines()[-1]
         metrics = {name: vars(self.args)[name] for name in names} | self.facts
         metrics |= {name: last[name] for name in ("seconds", "images_s")} | figures
@@ -901,9 +889,8 @@ class Run:
         """log.jsonl as a list of dicts, without a last line that a kill cut short."""
         with reading(self.log, "lines of JSON: start anew with --fresh"):
             lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []
-            lines = [json.loads(line) for line in lines]
-            [sum(line.values(), line["step"]) for line in lines]  # an error unless all are numbers
-            return lines
+            return [line for line in map(json.loads, lines)  # an error unless all are numbers
+                    if sum(line.values(), line["step"]) is not None]
 
     def elapsed(self):
         """Seconds of this run, those before an interruption included."""
@@ -960,7 +947,7 @@ def image_grid(images, columns=1):
 def save_picture(image, path, frames=()):
     """A Pillow image to path; with the frames that follow, a GIF (ms) that holds its last one."""
     gif = dict(save_all=True, append_images=frames, duration=[120] * len(frames) + [2500], loop=0)
-    with atomic(path, sync=False) as temporary:  # there may be thousands, and each can be redrawn
+    with atomic(path) as temporary:
         image.save(temporary, **gif if frames else {})
 
 
@@ -979,10 +966,9 @@ def sample_path(args, run):
 
 
 def write_samples(out, sets, picture, seed, texts=(), **more):
-    """Write sets {name: images (N, C, H, W)} to `out`, which sample_path chose. A .png holds
-    picture(), which draws all sets. An .npz holds the sets and `more` as arrays. A folder holds
-    PNGs, each named by the seed of its image, and the texts in prompts.txt; if there are several
-    sets, each has a folder of its own."""
+    """Write sets {name: images (N, C, H, W)} to `out`, which sample_path chose: to a .png what
+    picture() draws, to an .npz the sets and `more` as arrays, to a folder PNGs, each named by the
+    seed of its image, and the texts in prompts.txt. Several sets have a folder each."""
     if out.suffix == ".png":
         return save_picture(picture(), out)
     pixels = {name: to_uint8(images).cpu() for name, images in sets.items()}

@@ -14,8 +14,6 @@ NVIDIA alone, or check it with --detector-sha256. Results are added to fid.json 
 import hashlib
 import importlib
 import json
-import math
-import os
 import shlex
 import sys
 import time
@@ -24,10 +22,9 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch,
+from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch, to_uint8,
                     frechet_distance, one_line_errors, pick_device, plain_parser, positive,
-                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks,
-                    to_uint8)
+                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks)
 
 import numpy as np
 import torch
@@ -85,8 +82,7 @@ def inception_score(p, p_log_p, counts):
 # ---- Features ----
 def load_detector(args, x):
     """-> a function (uint8 (B, C, H, W)) -> features (B, D) and probabilities (B, classes); and its
-    file's SHA-256. Inception sees grey as RGB, and is tried on the images x. UserError without the
-    right file."""
+    file's SHA-256. Inception, which is tried on the images x, sees grey as RGB."""
     if args.features == "judge":
         judge = edm.load_judge(args.judge or edm.JUDGE, x.shape[1:]).to(x.device)
 
@@ -212,7 +208,7 @@ def one_pass(images, numbers, detect, batch, device):
     require(n >= max(2, ranks), f"{images.name}: {n} images, expected at least {max(2, ranks)}")
     every = -(-n // STORED)  # one in so many features is stored: files may be sorted by class
     sums, stored = {}, None
-    batch = min(batch, n // ranks, 2**28 // math.prod(images.shape))  # 256 MB
+    batch = min(batch, n // ranks, int(2**28 // np.prod(images.shape)))  # 256 MB
     batches = torch.arange(n).split(batch)[rank::ranks]
     for index in progress(batches, f"{images.name}, batch"):
         x = images.read([numbers[i] for i in index]).to(device)
@@ -338,10 +334,9 @@ def read_results(path):
 
 
 def add_result(path, result, before):
-    """Add a result to the list in fid.json, in place of what this command added `before`. A lock
-    keeps others out in the meantime: all results of commands that run at once are kept."""
+    """Add to the list in fid.json, in place of what this command added `before`, under a lock."""
     with path.with_name(f".{path.name}.lock").open("a") as file:
-        if os.name == "posix":  # Windows has no such locks
+        if sys.platform != "win32":  # which has no such locks
             importlib.import_module("fcntl").lockf(file, 2)
         save([*(other for other in read_results(path) if other != before), result], path)
 
@@ -375,8 +370,7 @@ def main(argv=None):
     check_flags(args, images)
     n, folder = args.n or images.size or 50_000, path if is_run else path.parent
     out = Path(args.out or folder / "fid.json")
-    read_results(out)  # before hours of work
-    x = images.read([0]).to(device)
+    _, x = read_results(out), images.read([0]).to(device)
     detect, digest = load_detector(args, x)
     measure = partial(one_pass, detect=detect, batch=args.batch, device=device)
     if args.stats:

@@ -319,10 +319,10 @@ def of_pickle(folder):
     return Format(path, lambda: edm.load_edm_pickle(path))
 
 
-FORMATS = {  # how many mutations of each file: fewer where transformers takes its time
-    of_toy: 100, of_stage_2: 200, of_judge: 200, of_miniature: 100, of_pth: 100, of_vae: 100,
-    of_diffusers: 100, of_t5: 25, of_clip: 12, of_run: 100, of_arrays: 100, of_others: 100,
-    of_pickle: 30}
+FORMATS = {  # how many mutations of each file: fewer where a network takes long to build
+    of_toy: 60, of_stage_2: 60, of_judge: 100, of_miniature: 60, of_pth: 100, of_vae: 30,
+    of_diffusers: 60, of_t5: 15, of_clip: 5, of_run: 100, of_arrays: 100, of_others: 100,
+    of_pickle: 10}
 
 
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -439,3 +440,18 @@ def test_a_jump_of_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: float(next(jump)))
     run = small_run(tmp_path / "run")
     assert all(0 <= line["seconds"] < 1000 and line["eta"] >= 0 for line in run.lines())
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_mistake_is_said_once_and_nobody_waits(tmp_path):
+    """Of both ranks, and of the first one alone: a folder in use is seen by no other rank."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    typed = [str(ROOT / "01_toy_2d.py"), "--part", "distil", "--device", "cpu", "--out"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis").write_text("text")
+    for words, text in ((["run", "--batch", "63"], "multiple of 2"), (["other"], "no run's folder")):
+        done = subprocess.run([*torchrun, *typed, *words], cwd=tmp_path, capture_output=True,
+                              text=True, timeout=120)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode and len(lines) == 1 and text in lines[0], done.stderr
+        assert "exitcode  : 2" in done.stderr

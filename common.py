@@ -805,7 +805,7 @@ class Run:
             print(f"{self.folder} goes on from step {self.step} of {self.args.steps}")
 
     def finish(self, **figures):
-        """Write metrics.json, as the last file, with which run it was and its figures. -> these"""
+        """Write metrics.json, as the last file: which run it was, and figures. -> what it says"""
         names, last = ("method", "distance", "teacher", "seed", "steps", "batch"), self.lines()[-1]
         metrics = {name: vars(self.args)[name] for name in names} | self.facts
         metrics |= {name: last[name] for name in ("seconds", "images_s")} | figures

@@ -449,7 +449,8 @@ def test_under_torchrun_a_mistake_is_said_once_and_nobody_waits(tmp_path):
     typed = [str(ROOT / "01_toy_2d.py"), "--part", "distil", "--device", "cpu", "--out"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis").write_text("text")
-    for words, text in ((["run", "--batch", "63"], "multiple of 2"), (["other"], "no run's folder")):
+    cases = {"multiple of 2": ["run", "--batch", "63"], "no run's folder": ["other"]}
+    for text, words in cases.items():
         done = subprocess.run([*torchrun, *typed, *words], cwd=tmp_path, capture_output=True,
                               text=True, timeout=120)
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

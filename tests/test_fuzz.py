@@ -269,7 +269,7 @@ def of_arrays(folder):
         try:
             return np.asarray(v) if getattr(v, "nbytes", 0) < 10**6 else np.zeros(3)
         except Exception:  # not everything is an array
-            return np.array([v], dtype=object)
+            return np.array([repr(v)], dtype=object)
 
     def write(value, path):
         np.savez(path, **{str(name): as_array(v) for name, v in value.items()})

@@ -18,8 +18,8 @@ from functools import partial
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
                     draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
                     load_generator, make_generator_loss, make_parser, make_parts, micro_batches,
-                    one_line_errors, p_edm, pick_device, progress, reading, sample_path, save,
-                    save_picture, seed_step, sim_loss, sliced_w2, train_only, update)
+                    one_line_errors, p_edm, pick_device, progress, reading, require, sample_path,
+                    save, save_picture, seed_step, sim_loss, sliced_w2, train_only, update)
 
 import numpy as np
 import torch
@@ -210,6 +210,7 @@ class MLP(nn.Module):
 
 
 def make_denoiser(**net_args):
+    require(net_args.get("depth", 4) <= 100, "more layers than such a network has")
     return EDMPrecond(MLP(**net_args))
 
 
@@ -369,8 +370,9 @@ def summarise(run, mixture, d_q, student, n=10_000, sets=8):
     figures |= {f"{key}_exact": v for key, v in results["data"].items()}
     panels = [np.array(panel(mixture, group[0], name)) for name, group in samples.items()]
     save_picture(Image.fromarray(np.hstack(panels)), run.folder / "samples.png")
-    frames = [Image.open(path) for path in sorted((run.folder / "samples").glob("[0-9]*.png"))]
-    save_picture(frames[0], run.folder / "animation.gif", frames[1:])
+    paths = sorted((run.folder / "samples").glob("[0-9]*.png"))
+    if frames := [Image.open(path, formats=["PNG"]) for path in paths]:  # or samples/ is gone
+        save_picture(frames[0], run.folder / "animation.gif", frames[1:])
     seconds = run.finish(**results["generator"], **figures)["seconds"]
     print(f"{seconds:.0f} s".ljust(25) + "on modes  share of each mode  sliced W2")
     for name, r in results.items():

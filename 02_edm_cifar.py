@@ -16,9 +16,9 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, as_denoiser, checked, distance_to_truth, draw_latents,
-                    draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid,
-                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
+from common import (EDMPrecond, Run, as_denoiser, distance_to_truth, draw_latents, draw_times,
+                    dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid, lambda_edm,
+                    load_frozen, load_generator, load_saved, make_generator_loss, make_parser,
                     make_parts, micro_batches, one_line_errors, pick_device, progress, reading,
                     require, sample_path, save, save_picture, seed_step, sha256, sliced_w2,
                     to_uint8, train_only, update, write_samples)
@@ -218,8 +218,10 @@ class SongUNet(nn.Module):
 def make_unet(**net_args):
     """SongUNet's arguments, which may come from a file -> net(x, t, class_labels=None), a denoiser
     that knows its image_shape (C, H, W) and label_dim. UserError for too many layers."""
-    require(net_args.get("num_blocks", 4) <= 32 and len(net_args.get("channel_mult", ())) <= 8,
-            "more blocks or levels than such a network has")
+    require(net_args.get("num_blocks", 4) <= 32 and len(net_args.get("channel_mult", ())) <= 8 and
+            net_args.get("label_dim", 0) in range(8193) and
+            all(0 <= net_args.get(name, 0) < 1 for name in ("dropout", "label_dropout")),
+            "blocks, levels, classes or dropout that no such network has")
     net = EDMPrecond(SongUNet(**net_args))
     net.net_args, net.label_dim = net_args, net_args.get("label_dim", 0)
     net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)
@@ -336,14 +338,16 @@ def load_judge(path, image_shape):
     and judge.meta["floor"] the figures of other true images. UserError for another file, or for a
     judge of images that are not (C, H, W) = image_shape."""
     with reading(path, f"a judge of images {tuple(image_shape)}, made by lab/teachers.py"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_saved(path)
         judge = load_frozen(Judge, saved["net_args"], saved["state_dict"])
         judge.meta, judge.sha256 = dict(saved["meta"]), sha256(path)
         net_args, d = saved["net_args"], judge.head.in_features
         shape = (net_args["channels"], net_args["side"], net_args["side"])
         require(shape == tuple(image_shape), f"a judge of images {shape}")
         require(judge.meta["mu"].shape == (d,) and judge.meta["sigma"].shape == (d, d) and
-                "fd_floor" in judge.meta["floor"], "without the moments of true images")
+                "fd_floor" in judge.meta["floor"] and
+                all(isinstance(v, int | float) for v in judge.meta["floor"].values()),
+                "without the moments of true images")
     return judge
 
 
@@ -378,7 +382,7 @@ def find_judge(args, d_q, meta):
             f"the judge knows {classes} classes, the teacher {d_q.label_dim}")
     known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
     if meta.get("judge_sha256") == judge.sha256:
-        known |= meta["judged"]
+        known |= meta.get("judged", {})
     judge = judge.to(next(d_q.parameters()).device)
     return Examiner(lambda x, labels: grade(judge, on_screen(d_q, x), labels), LOOK, FINAL, known)
 
@@ -399,7 +403,7 @@ def compare_with_teacher(d_q, path, n=1000):
                 "samples of the teacher are not finite: look at it with lab/check_teacher.py")
         save({"images": torch.cat(x)}, path)
     with reading(path, "samples of this teacher: remove the file, to draw them again"):
-        images = torch.load(path, weights_only=True)["images"].reshape(2 * n, *d_q.image_shape)
+        images = load_saved(path)["images"].reshape(2 * n, *d_q.image_shape)
     random = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(images[0].numel(), 500, generator=random), dim=0)
     project = lambda x: (x.cpu().flatten(1) @ directions).sort(dim=0)[0]
@@ -666,8 +670,7 @@ def stage_parser():
     add("--preset", choices=PRESETS, help="the defaults of all other options: fashion with that "
         "teacher, else paper (Table 5)")
     add("--p-theta", choices=("lognormal", "karras"), help="g's noise levels: (B.10) or (B.8)")
-    add("--dropout", type=checked(float, lambda v: 0 <= v < 1, "number from 0 to below 1"),
-        help="in the network that learns (SiD: 0.13)")
+    add("--dropout", type=float, help="in the network that learns (SiD: 0.13)")
     add("--classes", type=class_list, help="of --sample, as 0,3,7, in turn; random unless given")
     add("--teacher-sample", action="store_true", help="--sample: the teacher's images beside")
     return parser
@@ -684,6 +687,7 @@ def main(argv=None):
     preset = args.preset or ("fashion" if args.teacher == "fashion" else "paper")
     parser.set_defaults(**PRESETS[preset], preset=preset)
     args = parser.parse_args(argv)  # again, now that the defaults are known
+    require(0 <= args.dropout < 1, f"--dropout {args.dropout}: expected from 0 to below 1")
     d_q, meta, facts = load_teacher(args.teacher)
     layout = torch.channels_last if args.amp == "bf16" else torch.preserve_format
     d_q = d_q.to(device, memory_format=layout)  # channels_last: the fastest bfloat16 convolutions

@@ -11,21 +11,21 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import shlex
 import textwrap
 import time
 from collections import OrderedDict
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from common import (EDMPrecond, Run, as_denoiser, checked, count, distance_to_truth, dpm_solver,
                     draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, image_grid,
-                    lambda_edm, load_frozen, load_generator, make_generator_loss, make_parser,
-                    make_parts, micro_batches, one_line_errors, p_edm, pick_device, progress,
-                    reading, require, sample_path, save_once, save_picture, seed_step, sha256,
-                    train_only, update, write_samples)
+                    lambda_edm, load_frozen, load_generator, load_saved, make_generator_loss,
+                    make_parser, make_parts, micro_batches, one_line_errors, p_edm, pick_device,
+                    progress, reading, require, sample_path, save_once, save_picture, seed_step,
+                    sha256, train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -229,9 +229,14 @@ def weights_file(path):
     return next((file for file in files if file.exists()), Path(path))
 
 
-def read_config(folder):
-    with reading(Path(folder) / "config.json", "a file of JSON"):
-        return dict(json.loads((Path(folder) / "config.json").read_text()))
+def read_config(folder, name="config.json"):
+    """A file of JSON -> a dict. UserError if the file asks for 100 layers or more, for 1000 extra
+    tokens or more, or for an implementation of attention, which transformers would download."""
+    with reading(Path(folder) / name, "a file of JSON"):
+        config = dict(json.loads((Path(folder) / name).read_text()))
+        asks = r'attn_implementation": "|layers\w*": (\d{3,}|-)|extra_ids": (\d{4,}|-)'
+        require(not (found := re.search(asks, json.dumps(config))), f"it says {found and found[0]}")
+        return config
 
 
 def read_weights(path):
@@ -239,7 +244,7 @@ def read_weights(path):
     path = weights_file(path)
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_saved(path)
 
 
 DIFFUSERS = {  # a part of a name in diffusers: PixArt's part. Replaced in this order
@@ -395,6 +400,9 @@ def load_vae_decoder(folder):
 
 
 # ---- Text: T5, once for all prompts ----
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
 def load_transformers():
     """The library, which takes seconds to import, and without its messages."""
     import transformers
@@ -403,19 +411,28 @@ def load_transformers():
     return transformers
 
 
+def load_network(kind, folder, **options):
+    """A network of transformers from a folder. UserError if the folder's files are too small for
+    it, before anything is allocated, or lack a tensor, which transformers would make up."""
+    held = sum(file.stat().st_size for file in Path(folder).iterdir())
+    with torch.device("meta"):
+        weights = kind(kind.config_class(**read_config(folder))).parameters()
+    require(sum(w.numel() for w in weights) <= held, "its files are too small")
+    net, info = kind.from_pretrained(folder, output_loading_info=True, **LOCAL, **options)
+    require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
+    return net
+
+
 def load_text_encoder(folder, dtype):
-    """-> T5, tokenizer. UserError if a tensor is missing, which transformers would make up."""
+    """-> T5, tokenizer. UserError for another folder."""
     model, words = subfolder(folder, "text_encoder"), subfolder(folder, "tokenizer")
-    local = {"local_files_only": True, "trust_remote_code": False}
-    layers = read_config(model).get("num_layers")
     with reading(folder, "a T5 encoder: config.json, spiece.model, tokenizer_config.json, "
                  "special_tokens_map.json and the weights"):
-        require(layers <= 100, f"num_layers is {layers}")
         require((words / "spiece.model").exists(), "no spiece.model")  # else a text is one token
-        tokenizer = load_transformers().AutoTokenizer.from_pretrained(words, **local)
-        encoder, info = load_transformers().T5EncoderModel.from_pretrained(
-            model, dtype=dtype, output_loading_info=True, **local)
-        require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
+        read_config(words, "tokenizer_config.json")
+        tokenizer = load_transformers().AutoTokenizer.from_pretrained(words, **LOCAL)
+        tokenizer(["a"])  # model_max_length may be of another type
+        encoder = load_network(load_transformers().T5EncoderModel, model, dtype=dtype)
     return encoder.to(dtype).eval().requires_grad_(False), tokenizer
 
 
@@ -423,6 +440,8 @@ def load_text_encoder(folder, dtype):
 def encode_batches(encoder, tokenizer, prompts, tokens, batch=16):
     """Yields embeddings (B, tokens, C) and masks (B, tokens), 1 for valid tokens, on the CPU.
     A longer prompt is cut, which is said."""
+    with reading("a prompt", "text of at most 10,000 bytes"):
+        require(all(len(prompt.encode()) <= 10_000 for prompt in prompts), "it is longer")
     prompts = [prompt.strip() for prompt in prompts]
     if long := sum(len(ids) > tokens for ids in tokenizer(prompts, verbose=False).input_ids):
         print(f"{long} prompts have more than {tokens} tokens: what is beyond is cut off")
@@ -519,9 +538,8 @@ def token_features(net, images, t=0.2):
 
 # ---- Teachers and generators ----
 class Pipeline:
-    """T5, PixArt's denoiser and the VAE, as three functions that a Miniature has too:
-    encode(prompts) -> a list of captions (L, C), on the CPU; net(x, t, caption, mask) -> denoised;
-    decode(x) -> images (B, 3, H, W), in about [-1, 1]. UserError if a folder is missing."""
+    """T5, PixArt's denoiser and the VAE, as functions that a Miniature has too: encode(prompts) ->
+    captions (L, C), a list; net(x, t, caption, mask) -> denoised; decode(x) -> (B, 3, H, W)."""
     def __init__(self, net, t5, vae):
         self.net, self.device = net, next(net.parameters()).device
         self.folders = {"t5": str(Path(t5).resolve()), "vae": str(Path(vae).resolve())}
@@ -546,10 +564,7 @@ def build(**net_args):
 
 def load_pipeline(path, device="cpu", t5=None, vae=None, prefer_ema=False):
     """A run, a .pt of ours or load_pixart's path -> Miniature or Pipeline, frozen; t_star; meta."""
-    ours = (Path(path) / "args.json").exists()
-    with suppress(Exception):  # load_pixart says what is wrong with a file that cannot be read
-        ours = ours or "net_args" in torch.load(path, map_location="meta", weights_only=True)
-    if ours:
+    if Path(path).suffix == ".pt" or (Path(path) / "args.json").exists():
         net, t_star, meta = load_generator(path, build)
     else:
         net, t_star, meta = PixArtPrecond(load_pixart(path, 16, prefer_ema)), PAPER["t_star"], {}
@@ -623,8 +638,8 @@ def sample_teacher(guided, z, caption, mask, num_steps=14, solver="dpm"):
 
 class Test:
     """test(solve), with solve(z, caption, mask) -> x, returns images (N, 3, H, W) of the first 8
-    prompts or of those in a miniature's file, the time of an image and, for a miniature, fd: the
-    Frechet distance to true images in the teacher's own features, which is not FID."""
+    prompts or those in a miniature's file; the time of an image; a miniature's fd, the Frechet
+    distance to true images in the teacher's own features, which is not FID."""
     def __init__(self, pipeline, prompts, captions, meta):
         self.pipeline, self.meta = pipeline, meta
         self.prompts = meta.get("tested", prompts[:8])
@@ -777,9 +792,9 @@ def sample(args, device):
     z, _ = draw_latents(range(args.seed, args.seed + len(texts)), g.model.image_shape)
     if args.latents:
         with reading(args.latents, f"a torch.save of {tuple(z.shape)}, standard normal"):
-            latents = read_weights(args.latents).float()
+            latents = read_weights(args.latents)
             require(latents.shape == z.shape, f"its shape is {tuple(latents.shape)}")
-            z = latents
+            z = latents.float()
     if args.teacher_steps:
         name = meta.get("teacher") if args.teacher == "auto" else args.teacher
         require(name, f"--teacher-steps: name the teacher of {args.sample} by --teacher")
@@ -808,8 +823,7 @@ def stage_parser():
     add = parser.add_argument_group("stage 3").add_argument
     add("--teacher", default="auto", help="auto, miniature (embedded), pixart (in checkpoints/), a "
         "run, a .pt of ours, a .pth, or a folder of diffusers")
-    add("--preset", choices=PRESETS, help="the other defaults; with a miniature its own, else "
-        "paper (B.3)")
+    add("--preset", choices=PRESETS, help="other defaults; else a miniature's, or paper (B.3)")
     add("--guidance", type=checked(float, lambda w: w >= 0, "number >= 0"), help="w; 1 is none")
     add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time")

@@ -18,15 +18,15 @@ import signal
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# A thread of OpenMP that waits for another one spins, and on a busy machine each small operation
-# then waits for a core. A short spin costs an idle machine a few percent and saves a busy machine a
-# factor of ten. OpenMP reads this variable when torch is loaded, so torch is imported after it.
+# A thread of OpenMP that waits for another one spins, which costs a busy machine a factor of ten; a
+# short spin does not. OpenMP reads this when torch is loaded, so torch is imported after it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -145,9 +145,11 @@ def p_edm(shape, mean=-1.2, std=1.2, t_min=0.0, t_max=math.inf, truncate="clamp"
     B.3 restricts t to [t_min, t_max] without saying how: "clamp" moves a t outside to the nearer
     end, "resample" draws a new one. UserError unless 0 <= t_min < t_max."""
     require(0 <= t_min < t_max, f"expected 0 <= t_min < t_max, got {t_min} and {t_max}")
-    t = torch.exp(mean + std * torch.randn(shape, **where))
+    t, tries = torch.exp(mean + std * torch.randn(shape, **where)), 0
     while truncate == "resample" and (outside := (t < t_min) | (t > t_max)).any():
+        require(tries < 10_000, f"hardly a noise level is in [{t_min}, {t_max}]: try clamp")
         t[outside] = torch.exp(mean + std * torch.randn(int(outside.sum()), **where))
+        tries += 1
     return t.clamp(t_min, t_max)
 
 
@@ -339,7 +341,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     r^T sigma2 r, which is symmetric: no square root of a matrix is needed."""
     mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
     require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == (*mu1.shape, *mu1.shape),
-            f"a Frechet distance of {len(mu1)} and {len(mu2)} features: expected as many")
+            f"a Frechet distance of {[*mu1.shape]} and {[*mu2.shape]} features: expected as many")
     require(all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)),
             "a Frechet distance of moments that are not finite: expected finite features")
     values, vectors = torch.linalg.eigh(sigma1)
@@ -395,13 +397,15 @@ def update(optimiser, lr):
     optimiser.zero_grad()
 
 
-def check_moments(adam):
-    """UserError unless the moments of an Adam from a file have the shapes of their weights: torch
-    does not look, and a fused Adam then writes where nothing is."""
+def load_moments(adam, state):
+    """Give an Adam the moments that a file has, and none of the file's settings. UserError unless
+    they have the shapes of their weights: torch does not look, and a fused Adam then writes where
+    nothing is."""
+    adam.load_state_dict(adam.state_dict() | {"state": state["state"]})
     for w, state in adam.state.items():
-        for name, value in state.items():
-            expected = () if name == "step" else w.shape
-            require(value.shape == expected, f"{name} is {tuple(value.shape)}, expected {expected}")
+        for name, shape in {"step": (), "exp_avg": w.shape, "exp_avg_sq": w.shape}.items():
+            found = tuple(state[name].shape)
+            require(found == shape, f"{name} is {found}, expected {tuple(shape)}")
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):
@@ -489,7 +493,7 @@ def pick_device(name="auto", tf32=False):
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first rank may download
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", errors="ignore")  # noqa: SIM115
     return device
 
 
@@ -504,7 +508,7 @@ def one_line_errors(main):
             if dist.is_initialized():
                 dist.destroy_process_group()
             return
-        except (UserError, OSError) as error:
+        except (UserError, OSError, UnicodeError) as error:
             message, status = f"error: {error}", 2
         except (RuntimeError, MemoryError) as error:
             short = "out of memory" in str(error) or "can't allocate memory" in str(error)
@@ -513,6 +517,8 @@ def one_line_errors(main):
             message, status = "error: out of memory: try a smaller --batch-gpu, --batch or --n", 2
         except KeyboardInterrupt as stop:
             message, status = f"stopped: {str(stop) or 'what was saved is kept'}", 130
+        if os.environ.get("RANK", "0") != "0":  # torchrun ends this rank if the first one fails too
+            time.sleep(5)
         print(message, file=sys.stderr)
         sys.exit(status)
     return wrapped
@@ -547,7 +553,7 @@ def checked(kind, fits, name):
     return parse
 
 
-count = checked(int, lambda n: n > 0, "whole number > 0")
+count = checked(int, lambda n: 0 < n < 10**9, "whole number > 0 and below 10^9")
 at_least_0 = checked(int, lambda n: n >= 0, "whole number >= 0")
 positive = checked(float, lambda v: v > 0, "number > 0")
 real = checked(float, lambda v: True, "finite number")
@@ -619,14 +625,15 @@ def writing(path):
 def atomic(path):
     """Yields a temporary path beside `path`, with its extension, and makes the folder. The file
     gets its own name only if the block succeeds, so that the file is never half written."""
-    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
-    try:
-        with writing(path):
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(path).with_name(f".tmp-{os.urandom(6).hex()}-{Path(path).name}")
+    with writing(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)  # a file of our own: no other process's, and no link
+        try:
             yield temporary
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save(value, path):
@@ -636,6 +643,8 @@ def save(value, path):
             temporary.write_text(json.dumps(value, indent=1) + "\n")
         else:
             torch.save(value, temporary)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())  # on the disk before the old file is gone
 
 
 def sha256(path):
@@ -665,14 +674,38 @@ def fetch(url):
     return path
 
 
+def load_saved(path):
+    """What torch.save wrote, on the CPU. Nothing in the file is executed. UserError unless the file
+    is as it was written, by the sums that torch.save stores and torch.load ignores, and holds what
+    it declares: no record is compressed, and no tensor repeats its numbers."""
+    require(Path(path).is_file(), "it is no file")
+    size = Path(path).stat().st_size
+    if zipfile.is_zipfile(path):  # torch's older format is none
+        with zipfile.ZipFile(path) as file:
+            require(sum(item.file_size for item in file.infolist()) <= size, "it is compressed")
+            require((damaged := file.testzip()) is None, f"{damaged} is damaged")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    parts = saved.values() if isinstance(saved, dict) else [saved]
+    tensors = [w for part in parts for w in (part.values() if isinstance(part, dict) else [part])]
+    require(sum(getattr(w, "nbytes", 0) for w in tensors) <= 2 * size, "tensors repeat numbers")
+    return saved
+
+
+META = {"teacher": str, "t5": str, "vae": str, "judged": dict, "prompts": list, "tested": list,
+        "mu": torch.Tensor, "sigma": torch.Tensor, "guidance": float, "fd_real": float,
+        "fd_teacher": float, "class_accuracy_teacher": float}  # what the stages read in a file
+
+
 def load_generator(path, build, device="meta"):
     """A run's folder, or a g_ema.pt -> the generator (frozen, on the CPU), t_star and meta.
     build(**net_args) makes the network, on `device` at first. UserError for another file."""
     path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
     with reading(path, "a generator of this stage, {net_args, state_dict, t_star, meta}"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_saved(path)
         t_star, meta = float(saved["t_star"]), dict(saved["meta"])
         require(0 < t_star < math.inf, f"t_star is {t_star}")
+        for name, value in (meta | dict(meta.get("judged", {}))).items():
+            require(isinstance(value, META.get(name, object)), f"{name} is {value!r:.40}")
         net = load_frozen(build, saved["net_args"], saved["state_dict"], device)
     return net, t_star, meta
 
@@ -690,9 +723,6 @@ def load_frozen(build, net_args, state, device="meta"):
     require(not more, f"{len(more)} tensors are superfluous: {more[:3]}")
     for name, w in state.items():
         require(w.shape == shapes[name], f"{name} is {tuple(w.shape)}, expected {shapes[name]}")
-    held = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in state.values()}
-    require(sum(w.nbytes for w in state.values()) <= 10 * sum(held.values()),
-            "weights that repeat a few numbers")
     state = {name: w.to(torch.float32, copy=True) for name, w in state.items()}
     require(all(w.isfinite().all() for w in state.values()), "weights that are not finite")
     net.load_state_dict(state, assign=True)
@@ -728,7 +758,7 @@ class Run:
             with atomic(self.log) as temporary:
                 temporary.write_text("".join(lines if self.step else []))
         self.first_step = self.written_step = self.saved_step = self.step
-        self.begun = self.written = self.paused = time.time()
+        self.begun = self.written = self.paused = time.monotonic()
 
     @staticmethod
     def default_folder(args, name):
@@ -744,6 +774,9 @@ class Run:
         others = {path.name for path in self.folder.glob("[!.]*")} - {"theorem.json"}
         require(record.exists() or not others,
                 f"{self.folder} exists and is no run's folder: name another --out")
+        for path in self.folder.glob("*"):  # links would lead elsewhere, and a pipe would wait
+            require((path.is_file() or path.is_dir()) and not path.is_symlink(),
+                    f"{path} is a link or no file: remove it, or name another --out")
         self.lock()
         if record.exists() and self.args.fresh:
             names = (self.folder.with_name(f"{self.folder.name}.old-{i}") for i in range(1, 10**6))
@@ -759,13 +792,15 @@ class Run:
                     "name another --out, or start anew with --fresh")
         else:
             save(here, record)
+        for path in self.folder.rglob(".tmp-*"):  # what a kill has left
+            path.unlink()
 
     def lock(self):
         """Make the folder, and keep other processes out until this process ends."""
         require(os.name == "posix", "training needs Linux or macOS: on Windows, use WSL")
         import fcntl  # Windows has none, and can still sample and evaluate
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file = (self.folder / ".lock").open("w")
+        self.lock_file = (self.folder / ".lock").open("a")
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -775,12 +810,15 @@ class Run:
     def load(self):
         """Set all parts to their state in ckpt.pt."""
         with reading(self.checkpoint, "the checkpoint of this run: start anew with --fresh"):
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = load_saved(self.checkpoint)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            require(0 <= self.step <= self.args.steps, f"it is of step {self.step}")
+            require(self.log.exists(), "log.jsonl is gone")
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-                if isinstance(part, torch.optim.Optimizer):
-                    check_moments(part)
+                if isinstance(part, nn.Module):
+                    part.load_state_dict(state[name])
+                else:
+                    load_moments(part, state[name])
         if self.is_first and not (self.folder / "g_ema.pt").exists():
             self.save_generator()  # a lost one
         if self.step < self.args.steps:
@@ -810,7 +848,7 @@ class Run:
             signal.signal(kind, self.ask_to_stop)
         self.bar = tqdm(total=self.args.steps, initial=self.step,
                         disable=None if self.is_first else True)  # None: silent off a terminal
-        self.begun = self.written = time.time()
+        self.begun = self.written = time.monotonic()
         while self.step < self.args.steps:
             self.step += 1  # from here on run.step counts the update that is under way
             yield self.step - 1
@@ -820,7 +858,7 @@ class Run:
                 stop = sum_over_ranks(torch.tensor(stop)).item()
             if stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
                 self.save()
-            if stop and self.step < self.args.steps:
+            if stop:
                 raise KeyboardInterrupt(f"step {self.step} is saved in {self.folder}; "
                                         "the same command goes on from there")
         self.bar.close()
@@ -828,9 +866,10 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def ask_to_stop(self, kind, frame):
-        """The first signal lets the update end; a second one kills."""
+        """The first signal lets the update end; a second one, of either kind, kills."""
         self.signal = 1
-        signal.signal(kind, signal.SIG_DFL)
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_DFL)
 
     def add(self, **tensors):
         """Collect values for the next log line, each by its mean. UserError, before the weights
@@ -848,7 +887,7 @@ class Run:
     def due(self, every=math.inf, looks=12):
         """Is it time for a look at the generator, or for a log line every so many steps? There are
         `looks` looks, denser at the start. Only the first rank looks and writes."""
-        self.paused = time.time()  # what comes now does not count in images_s
+        self.paused = time.monotonic()  # what comes now does not count in images_s
         at = {round(self.args.steps * (i / looks)**2) for i in range(looks + 1)}
         return self.is_first and (self.step in at or self.step % every == 0)
 
@@ -856,7 +895,7 @@ class Run:
         """A line of log.jsonl and of the screen: the means of what was collected, then `values`."""
         means = {name: total / number for name, (total, number) in self.values.items()}
         rate = (self.step - self.written_step) / max(self.paused - self.written, 1e-9)
-        seconds_a_step = (time.time() - self.begun) / max(self.step - self.first_step, 1)
+        seconds_a_step = (time.monotonic() - self.begun) / max(self.step - self.first_step, 1)
         line = {"step": self.step, **means, **values, "images": self.step * self.args.batch,
                 "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1),
                 "eta": round(seconds_a_step * (self.args.steps - self.step))}
@@ -865,17 +904,21 @@ class Run:
         text = "  ".join(f"{key} {value:.4g}" for key, value in (means | values).items())
         tqdm.write(f"step {self.step}/{self.args.steps}  {text}  {line['eta']} s to go")
         sys.stdout.flush()
-        self.values, self.written_step, self.written = {}, self.step, time.time()
+        self.values, self.written_step, self.written = {}, self.step, time.monotonic()
 
     def lines(self):
         """log.jsonl as a list of dicts, without a last line that a kill cut short."""
         with reading(self.log, "lines of JSON: start anew with --fresh"):
             lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []
-            return [json.loads(line) for line in lines]
+            lines = [json.loads(line) for line in lines]
+            require(all("step" in line for line in lines) and
+                    all(isinstance(v, int | float) for line in lines for v in line.values()),
+                    "a line without a step, or with a value that is no number")
+            return lines
 
     def elapsed(self):
         """Seconds of this run, those before an interruption included."""
-        return self.seconds + time.time() - self.begun
+        return self.seconds + time.monotonic() - self.begun
 
     def save(self):
         """g_ema.pt, then ckpt.pt. UserError, with the old files kept, if a weight is not finite."""
@@ -897,13 +940,13 @@ class Run:
 
 def progress(items, name, total=None):
     """Yields the items, with a bar on a terminal and elsewhere a line with the ETA every 20 s."""
-    begun = shown = time.time()
+    begun = shown = time.monotonic()
     total = total or len(items)
     bar = tqdm(items, desc=name, total=total, disable=None if rank_and_ranks()[0] == 0 else True)
     for done, item in enumerate(bar, 1):
         yield item
-        if bar.disable and time.time() - shown > 20:
-            shown = time.time()
+        if bar.disable and time.monotonic() - shown > 20:
+            shown = time.monotonic()
             eta = (shown - begun) / done * (total - done)
             print(f"{name}: {done}/{total}, {eta:.0f} s to go", flush=True)
 
@@ -947,10 +990,9 @@ def sample_path(args, run):
 
 
 def write_samples(out, sets, picture, seed, texts=(), **more):
-    """Write sets {name: images (N, C, H, W)} to `out`, which sample_path chose. A .png holds
-    picture(), which draws all sets. An .npz holds the sets and `more` as arrays. A folder holds
-    PNGs, each named by the seed of its image, and the texts in prompts.txt; if there are several
-    sets, each has a folder of its own."""
+    """Write sets {name: images (N, C, H, W)} to `out`, which sample_path chose: to a .png what
+    picture() draws, to an .npz the sets and `more` as arrays, to a folder PNGs, each named by the
+    seed of its image, and the texts in prompts.txt. Several sets have a folder each."""
     if out.suffix == ".png":
         return save_picture(picture(), out)
     pixels = {name: to_uint8(images).cpu() for name, images in sets.items()}
@@ -964,5 +1006,6 @@ def write_samples(out, sets, picture, seed, texts=(), **more):
             for k, image in enumerate(x):
                 save_picture(image_grid(image[None]), folder / f"{seed + k:06}.png")
             if texts:  # lab/scores.py reads them
+                lines = "".join(" ".join(text.split()) + "\n" for text in texts)
                 with atomic(folder / "prompts.txt") as temporary:
-                    temporary.write_text("".join(" ".join(text.split()) + "\n" for text in texts))
+                    temporary.write_text(lines, encoding="utf-8")

@@ -22,10 +22,9 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch,
+from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch, to_uint8,
                     frechet_distance, one_line_errors, pick_device, plain_parser, positive,
-                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks,
-                    to_uint8)
+                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks)
 
 import numpy as np
 import torch
@@ -83,8 +82,7 @@ def inception_score(p, p_log_p, counts):
 # ---- Features ----
 def load_detector(args, x):
     """-> a function (uint8 (B, C, H, W)) -> features (B, D) and probabilities (B, classes); and its
-    file's SHA-256. Inception sees grey as RGB, and is tried on the images x. UserError without the
-    right file."""
+    file's SHA-256. Inception, which is tried on the images x, sees grey as RGB."""
     if args.features == "judge":
         judge = edm.load_judge(args.judge or edm.JUDGE, x.shape[1:]).to(x.device)
 
@@ -178,7 +176,8 @@ def folder_of_images(path):
     def read_one(file, shape=None):
         with (reading(file, f"a PNG or JPEG, grey or RGB, of shape {shape or '(H, W, C)'}"),
               Image.open(file, formats=("PNG", "JPEG")) as image):
-            require(image.mode in ("L", "RGB"), f"its mode is {image.mode}")
+            require(image.mode in ("L", "RGB") and image.width * image.height <= 2**24,
+                    f"its mode is {image.mode}, its size {image.size}")
             pixels = np.array(image).reshape(image.height, image.width, -1)
             require(shape in (None, pixels.shape), f"its shape is {pixels.shape}")
             return pixels
@@ -192,8 +191,8 @@ def folder_of_images(path):
 def read_npz(path):
     with reading(path, "an .npz file of arrays"), np.load(path) as file:
         size = sum(item.file_size for item in file.zip.infolist())
-        require(size < 2**33, f"{size / 1e9:.0f} GB of arrays")
-        return dict(file)
+        require(size < max(2**30, 4 * path.stat().st_size), f"{size / 1e9:.0f} GB, compressed")
+        return {name: np.asarray(v) for name, v in file.items()}  # a text is bytes
 
 
 def channels_first(pixels):
@@ -209,7 +208,8 @@ def one_pass(images, numbers, detect, batch, device):
     require(n >= max(2, ranks), f"{images.name}: {n} images, expected at least {max(2, ranks)}")
     every = -(-n // STORED)  # one in so many features is stored: files may be sorted by class
     sums, stored = {}, None
-    batches = torch.arange(n).split(min(batch, n // ranks))[rank::ranks]
+    batch = min(batch, n // ranks, int(2**28 // np.prod(images.shape)))  # 256 MB
+    batches = torch.arange(n).split(batch)[rank::ranks]
     for index in progress(batches, f"{images.name}, batch"):
         x = images.read([numbers[i] for i in index]).to(device)
         features, p = [v if v is None else v.cpu().double() for v in detect(x)]
@@ -294,7 +294,7 @@ def parse(argv):
     add("--detector-sha256", help="what the Inception file must have")
     add("--device", default="auto", help="auto (the best one here), cpu, cuda or mps")
     add("--out", metavar="JSON", help="fid.json beside the source unless given")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # flags may stand between source and reference
 
 
 def check_flags(args, images):
@@ -333,6 +333,15 @@ def read_results(path):
     return results
 
 
+def add_result(path, result, before):
+    """Add to the list in fid.json, in place of what this command added `before`, under a lock."""
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        if sys.platform != "win32":  # which has no such locks
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        save([*(other for other in read_results(path) if other != before), result], path)
+
+
 def summarise(values):
     """A metric's values -> {"mean", and of more than one trial "std" and "trials"}"""
     summary = {"mean": float(np.mean(values))}
@@ -362,7 +371,8 @@ def main(argv=None):
     check_flags(args, images)
     n, folder = args.n or images.size or 50_000, path if is_run else path.parent
     out = Path(args.out or folder / "fid.json")
-    earlier, x = read_results(out), images.read([0]).to(device)
+    read_results(out)  # an error there comes before the work
+    x = images.read([0]).to(device)
     detect, digest = load_detector(args, x)
     measure = partial(one_pass, detect=detect, batch=args.batch, device=device)
     if args.stats:
@@ -371,16 +381,17 @@ def main(argv=None):
     facts |= {"source": images.name, "source_sha256": images.sha256, "n": n, "seeds": [],
               "features": args.features, "detector_sha256": digest,
               "command": f"python eval_fid.py {shlex.join(words)}", "date": time.strftime("%F")}
-    trials = []
+    trials, before = [], None
     for first in range(args.seed, args.seed + args.trials * n, n):
-        begun = time.time()
+        begun = time.monotonic()
         fake = measure(images, range(first, first + n))
-        facts["images_s"] = n / (time.time() - begun)  # with the time of the features
+        facts["images_s"] = n / (time.monotonic() - begun)  # with the time of the features
         facts["seeds"].append([first, first + n - 1])
         if rank_and_ranks()[0] == 0:
             trials.append(metrics(fake, reference, args.features))
             facts["metrics"] = {name: summarise([t[name] for t in trials]) for name in trials[0]}
-            save([*earlier, facts], out)  # after each trial, so that an interruption loses only one
+            add_result(out, facts, before)  # each trial, so that an interruption loses only one
+            before = json.loads(json.dumps(facts))
     report(args, facts, out)
 
 

@@ -362,6 +362,7 @@ def sample(args):
     _, _, meta = load_generator(args.sample, make_denoiser)
     with reading(args.sample, "a run of this script or of stage 1"):
         segments, few = int(meta.get("segments", 1)), meta.get("few", False)
+        require(0 < segments <= 1000, f"{segments} segments")
     toy.sample(args, make_denoiser, partial(renoised_steps if few else few_steps,
                                             segments=segments))
 

@@ -26,13 +26,39 @@ t2i = importlib.import_module("03_pixart_t2i")
 
 def load_clip(folder):
     """CLIPModel and its processor, from a folder. UserError if a file or a tensor is missing."""
-    local, library = {"local_files_only": True, "trust_remote_code": False}, t2i.load_transformers()
+    library = t2i.load_transformers()
     with reading(folder, "a CLIP: config.json, model.safetensors, the tokenizer's files and the "
                  "preprocessor's"):
-        processor = library.AutoProcessor.from_pretrained(folder, **local)
-        model, info = library.CLIPModel.from_pretrained(folder, output_loading_info=True, **local)
-        require(not info["missing_keys"], f"it lacks {sorted(info['missing_keys'])[:3]}")
+        for name in ("preprocessor_config.json", "tokenizer_config.json"):
+            t2i.read_config(folder, name)
+        processor = library.AutoProcessor.from_pretrained(folder, **t2i.LOCAL)
+        model = t2i.load_network(library.CLIPModel, folder)
+        side, images = model.config.vision_config.image_size, processor.image_processor
+        require(images.size == {"shortest_edge": side} and
+                images.crop_size == {"height": side, "width": side}, "images of another size")
+        with torch.no_grad():  # a wrong type in a file of the preprocessor's is an error now
+            embed_batch(model, processor, [Image.new("RGB", (9, 9))], ["a"])
     return model.eval().requires_grad_(False), processor
+
+
+def embed_batch(model, processor, images, texts):
+    """Pillow images and texts -> CLIP's embeddings of each, two tensors."""
+    # One image at a time is prepared, since the images may be large.
+    pixels = [processor(images=image, return_tensors="pt").pixel_values for image in images]
+    words = processor(text=texts, padding=True, truncation=True, max_length=77,
+                      return_tensors="pt").to(model.device)
+    return (model.get_image_features(torch.cat(pixels).to(model.device)).pooler_output,
+            model.get_text_features(words.input_ids, words.attention_mask).pooler_output)
+
+
+def open_images(files):
+    """Yields images in RGB, one by one, so that only one is in memory."""
+    for file in files:
+        with (reading(file, "a PNG or JPEG of at most 16,777,216 pixels"),
+              Image.open(file, formats=("PNG", "JPEG")) as image):
+            require(image.width * image.height <= 2**24, f"it is {image.width}x{image.height}")
+            image = image.convert("RGB")
+        yield image
 
 
 @torch.no_grad()
@@ -42,15 +68,10 @@ def embed(folder, files, prompts, device, batch=32):
     model, processor = load_clip(folder)
     model, images, texts = model.to(device), [], []
     for first in progress(range(0, len(files), batch), Path(folder).name):
-        opened = []
-        for file in files[first:first + batch]:
-            with reading(file, "an image"):
-                opened.append(Image.open(file, formats=("PNG", "JPEG")).convert("RGB"))
-        inputs = processor(images=opened, text=prompts[first:first + batch], padding=True,
-                           truncation=True, max_length=77, return_tensors="pt").to(device)
-        images.append(model.get_image_features(inputs.pixel_values).pooler_output)
-        encoded = model.get_text_features(inputs.input_ids, inputs.attention_mask)
-        texts.append(encoded.pooler_output)
+        some = slice(first, first + batch)
+        image, text = embed_batch(model, processor, open_images(files[some]), prompts[some])
+        images.append(image)
+        texts.append(text)
     images, texts = [F.normalize(torch.cat(v)) for v in (images, texts)]
     return images, texts, model.logit_scale.exp().item()
 

@@ -110,6 +110,9 @@ def test_truncation():
     assert low <= t.min() and t.max() <= high and (t == torch.tensor(low)).float().mean() < 1e-3
     ends = [(math.log(end) + 2) / 2 for end in (low, high)]
     assert stats.kstest(t.log().numpy(), "truncnorm", (*ends, -2, 2)).pvalue > 1e-3
+    near = p_edm((20_000,), 0, 1, 0.5, 2, truncate="resample")  # much of it lies beyond both ends
+    ends = math.log(0.5), math.log(2)
+    assert stats.kstest(near.log().numpy(), "truncnorm", ends).pvalue > 1e-3
     for ends in ({"t_min": 2, "t_max": 1}, {"t_min": -1}):
         with pytest.raises(UserError):
             p_edm((3,), **ends)
@@ -266,6 +269,15 @@ def test_sampler_on_a_gaussian():
     torch.testing.assert_close(x, 80 * z * 0.5 / math.sqrt(0.25 + 80**2), rtol=0.06, atol=0)
 
 
+def test_sampling_times():
+    """Karras et al. 2022, (5), with the settings of their Table 1, in numpy."""
+    for n, ends in ((18, (80, 0.002)), (14, (156.6155, 0.01)), (1, (80, 80))):
+        by_hand = np.linspace(*[end**(1 / 7) for end in ends], n)**7
+        times = common.sampling_times(n, **{} if n == 18 else {"sigma_min": ends[1],
+                                                               "sigma_max": ends[0]})
+        np.testing.assert_allclose(times, [*by_hand, 0], rtol=1e-12)
+
+
 def data_to_noise(denoise, z, num_steps, sigma_min):
     """heun along rising times, from the end of a flow to its beginning."""
     return common.heun(denoise, z, common.sampling_times(num_steps, sigma_min)[-2::-1])
@@ -284,6 +296,13 @@ def test_samplers_are_of_second_order(sampler):
     each, last = {edm_sampler: (2, 1), common.dpm_solver: (1, 0), data_to_noise: (2, 2)}[sampler]
     assert len(calls) == each * (64 + 128) - 2 * last and calls[0].shape == (8, 1, 1)
     assert 3.4 < errors[0] / errors[1] < 4.6 and errors[1] < 0.01 * exact.abs().max()
+
+
+def test_heun_adds_up_in_float64():
+    """Where all is denoised to 1, the flow is 1 + a t. A step of 1e-7 is one bit of float32."""
+    start = torch.full((1, 1), 1.0001)
+    x = common.heun(lambda x, t: torch.ones_like(x), start, torch.linspace(1, 2, 1001).tolist())
+    torch.testing.assert_close(x - 1, 2 * (start - 1), rtol=2e-3, atol=0)
 
 
 def test_dpm_solver_by_hand():

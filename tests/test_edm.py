@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (DEFAULTS, ROOT, TINY, algorithm_2, changed, command, difference, edm,
-                      save_judge, toy, trained, vector)
+                      logged, save_judge, toy, trained, vector)
 from PIL import Image
 from torch import nn
 
@@ -303,7 +303,9 @@ def test_train_is_algorithm_2(options, tiny, tmp_path, monkeypatch):
     d_q = edm.load_denoiser(tiny)[0]
     start = vector(d_q.state_dict().values())
     run = trained(small_run(tiny, tmp_path / "run", *options.split()), start)
-    by_hand = algorithm_2(d_q, d_q, (3, 8, 8), 3, **changed(DEFAULTS, options))
+    by_hand, figures = algorithm_2(d_q, d_q, (3, 8, 8), 3, **changed(DEFAULTS, options))
+    if "--batch-gpu" not in options:
+        assert logged(tmp_path / "run") == pytest.approx(figures, rel=2e-3)
     assert difference(run, by_hand) < 2e-3 and difference(run[1:3], by_hand[1:3]) < 1e-4
 
 

@@ -11,8 +11,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DEFAULTS, FLAGS, ROOT, algorithm_2, changed, difference, quick_command, toy,
-                      trained, vector)
+from conftest import (DEFAULTS, FLAGS, ROOT, algorithm_2, changed, difference, logged,
+                      quick_command, toy, trained, vector)
 from PIL import Image
 
 import common
@@ -82,7 +82,7 @@ def test_the_score_projection_identity():
     of x_t, by quadrature. For denoisers it is E u(x_t)^T (d_p(x_t) - x_0) = 0. So the value of
     SIM's loss is 0 where d_psi is right, whatever distance and teacher, and not where it is not."""
     atoms = torch.tensor([[-1.3], [0.2], [0.9]], dtype=torch.float64)  # x_0 is one of them
-    eps = torch.linspace(-12, 12, 1201, dtype=torch.float64)[:, None]
+    eps = torch.linspace(-12, 12, 6001, dtype=torch.float64)[:, None]
     weights = (-eps**2 / 2).exp() / (-eps**2 / 2).exp().sum() / len(atoms)
     u = lambda x: (3 * x).sin() + x**2 / (1 + x.exp())
     teacher = lambda x, *_: torch.tanh(x - 0.4)
@@ -153,6 +153,8 @@ def test_measures():
     x = mixture.sample(8000, random)
     on_modes, shares = toy.mode_shares(x, mixture)
     assert on_modes == pytest.approx(1 - math.exp(-8), abs=1e-3)
+    at_3_9_and_4_1_std = mixture.means[:2] * torch.tensor([[1.39], [1.41]])
+    assert toy.mode_shares(at_3_9_and_4_1_std, mixture) == (0.5, [0.5, 0.5, *[0.0] * 6])
     assert max(abs(np.array(shares) - 0.125)) < 0.015
     to_mode = torch.cdist(x, mixture.means).min(1)[0].square().mean()
     assert to_mode.item() == pytest.approx(2 * 0.1**2, rel=0.05)
@@ -239,9 +241,11 @@ def test_train_is_algorithm_2(options, tmp_path, quick, unchanged, monkeypatch):
     settings = changed(RING, options)
     mixture = toy.make_mixture(settings["mixture"])
     d_q = mixture.denoiser if settings["teacher"] == "exact" else learned
-    by_hand = algorithm_2(learned, d_q, (2,), **settings)
+    by_hand, figures = algorithm_2(learned, d_q, (2,), **settings)
     run = trained(tmp_path, start=vector(learned.state_dict().values()))
     assert difference(run, by_hand) < 2e-5
+    if "--batch-gpu" not in options:
+        assert logged(tmp_path) == pytest.approx(figures, rel=1e-4)
     if options and "--batch-gpu" not in options:
         assert not all(map(torch.equal, trained(tmp_path), unchanged))
 

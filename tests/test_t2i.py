@@ -402,18 +402,6 @@ def test_bf16_agrees_with_float32(release):
 
 
 # ---- Algorithm 2 ----
-def test_presets():
-    """B.3 of arXiv 2410.16794v1, typed from there; guidance is PixArt's own, eps and EMA SiD's."""
-    b_3 = {"method": "sim", "steps": 16_000, "batch": 1024, "lr": 5e-6, "anneal": "none",
-           "t_star": 2.5, "p_mean": -2.0, "p_std": 2.0, "psi_mean": -2.0, "psi_std": 2.0,
-           "t_min": 0.01, "t_max": 156.6155, "psi_updates": 1, "weight_psi": "one", "amp": "bf16",
-           "guidance": 4.5, "adam_eps": 1e-8, "ema_half_life": 5e5}
-    assert {name: t2i.PRESETS["paper"][name] for name in b_3} == b_3
-    args = t2i.stage_parser().parse_args([])
-    assert args.distance == "phuber,c=0.001" and args.weight == "own" and args.truncate == "clamp"
-    assert t2i.PRESETS["miniature"]["weight_psi"] == "edm"
-
-
 @pytest.mark.parametrize("truncate", ["clamp", "resample"])
 def test_what_an_update_draws(truncate):
     """z is t* times standard normal; t comes from the phase's own options; all prompts come."""
@@ -575,6 +563,22 @@ def test_a_run_leaves_what_it_should(whole):
     end = torch.load(whole / "ckpt.pt", weights_only=True)["g"]
     still = {name for name, w in end.items() if torch.equal(w, start[name.removeprefix("model.")])}
     assert still == {"model.y_embedder.y_embedding"}
+
+
+def test_b15_in_training(whole, monkeypatch):
+    """(B.15): x_0 = z - t* F(z / sqrt(t*^2 + 1)), where z = t* N(0, 1) and F is at timestep 440."""
+    seen, prompts = [], [text for text in TEXTS if text]
+    monkeypatch.setattr(t2i, "dsm_loss", lambda d_psi, x_0, *rest: seen.append(x_0) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pixart_run(whole.parent, "b15")
+    F_theta, random = t2i.load_pixart(RELEASE), seed_step(0, 0)
+    z, _, _ = [torch.randn(8, *shape, generator=random) for shape in ((4, 16, 16),) * 2 + ((1,),)]
+    chosen = torch.randint(len(prompts), (8,), generator=random)
+    captions, masks = t2i.encode_prompts(FIXTURES / "t5", prompts, torch.bfloat16,
+                                         F_theta.tokens)
+    z, cond = 2.5 * z, ((captions * masks[..., None])[chosen].float(), masks[chosen])
+    eps = F_theta(z / 7.25**0.5, torch.tensor([440]), *cond)[:, :4]
+    close(seen[0], z - 2.5 * eps, 1e-5)
 
 
 def test_prompts_are_encoded_once(whole, monkeypatch, refused):
@@ -756,6 +760,14 @@ def test_a_run_of_a_miniature(mini, tmp_path, monkeypatch, capsys):
     t2i.main(["--sample", str(run), "--prompt", "a red ring", "--device", "cpu", "--n", "2",
               "--teacher-steps", "2", "--out", str(tmp_path / "x.png")])
     assert image(tmp_path / "x.png").shape == (2 * 104 + 64, 2 * 104, 3)
+    teachers = []
+    monkeypatch.setattr(t2i, "sample_teacher", lambda d_q, z, *_: teachers.append(d_q) or z)
+    for k, more in enumerate(([], ["--guidance", "7"], ["--t-star", "0.5"])):
+        t2i.main(["--sample", str(run), "--prompt", "a red ring", "--device", "cpu",
+                  "--teacher-steps", "2", "--out", str(tmp_path / f"{k}.npz"), *more])
+    one, same, other = [np.load(tmp_path / f"{k}.npz")["one_step"] for k in range(3)]
+    assert [d_q.guidance for d_q in teachers] == [3, 7, 3]  # the run's own, unless another is asked
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
     mini_run(mini, run, "--steps", "2", "--batch-gpu", "3")
     assert "is finished" in capsys.readouterr().out
     generator = t2i.load_pipeline(run)[0]

@@ -588,6 +588,10 @@ def test_sampling(tiny, tmp_path, refused, capsys):
     for name, x in zip(("one_step", "teacher"), by_hand):
         x = common.to_uint8(x.detach()).permute(0, 2, 3, 1)
         assert (torch.from_numpy(arrays[name]).int() - x.int()).abs().max() <= 1
+    calls = []
+    with net.register_forward_hook(lambda *_: calls.append(1)):
+        edm.sample_teacher(net, z, labels)
+    assert len(calls) == 35
     edm.main([*typed, "--t-star", "1", "--out", str(tmp_path / "t.npz")])
     assert (np.load(tmp_path / "t.npz")["one_step"] != arrays["one_step"]).any()
     edm.main([*typed, "--seed", "2", "--out", str(tmp_path / "folder")])

@@ -111,7 +111,7 @@ MUTATIONS = {
         "stage 3: guidance of the wrong sign": "(<<guided - free => free - guided>>)",
         "(B.14): sigma_data = 0.5": "(t**2 + <<1 => 0.25>>).sqrt(), timestep",
         "sample: --t-star ignored": "sample_one_step(g, <<args.t_star or  => >>t_star, z",
-        "sample: --guidance ignored": "<<guidance if args.guidance is None else args. => >>guidance"},
+        "sample: --guidance ignored": "guidance if <<args.guidance is None => True>>"},
     "03_pixart_t2i.py  tests/test_t2i.py tests/test_lab.py -k "
     "'timestep or masks or test_guidance or t5_equals or decoder_equals or captions_and'": {
         "(B.14): one timestep off": "timestep = <<999 => 1000>> -",

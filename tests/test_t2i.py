@@ -504,7 +504,7 @@ def by_hand(file, guidance, weight_psi, low=0.0, high=math.inf, resample=False):
 
 @pytest.mark.parametrize("options, settings", [
     ("", {"weight_psi": lambda_edm}),
-    ("--preset paper --truncate resample",
+    ("--preset paper --truncate resample --batch-gpu 3",  # 3 + 1
      {"weight_psi": torch.ones_like, "low": 0.01, "high": 156.6155, "resample": True})])
 def test_train_is_algorithm_2_with_guidance(options, settings, mini, tmp_path, monkeypatch):
     monkeypatch.setattr(t2i, "distil", train_alone)

@@ -89,10 +89,11 @@ MUTATIONS = {
         "Table 5: t* = 1": '"none", "t_star": <<2.5 => 1.0>>',
         "(B.10): mean -1.2": '"p_mean": <<-3.5 => -1.2>>',
         "SiD's code: alpha = 1": '"sid_alpha": <<1.2 => 1.0>>'},
-    "02_edm_cifar.py  tests/test_edm.py -k 'train_is or outputs or labels or sampling or judge'": {
+    "02_edm_cifar.py  tests/test_edm.py -k train_is": {
         "stage 2: z not times t*": "(<<args.t_star *  => >>z, t",
         "stage 2: always class 0": "torch.randint(<<d_q.label_dim => 1>>, (args",
-        "stage 2: --dropout ignored": "layer.dropout = <<args.dropout => 0.0>>",
+        "stage 2: --dropout ignored": "layer.dropout = <<args.dropout => 0.0>>"},
+    "02_edm_cifar.py  tests/test_edm.py -k 'labels or test_sampling'": {
         "U-Net: label dropout inverted": "<<>= => <>> self.label_dropout)",
         "teacher: 33 evaluations": "labels, num_steps=<<18 => 17>>"},
     "03_pixart_t2i.py  tests/test_paper.py -k numbers": {
@@ -101,32 +102,33 @@ MUTATIONS = {
         "B.3: mean -1.2": '"p_mean": <<-2.0 => -1.2>>,',
         "B.3: no checkpointing": '"checkpointing": <<True => False>>',
         "noise table: beta_end 0.03": "beta = <<0.02 => 0.03>> + (1e-4 - <<0.02 => 0.03>>)"},
-    "03_pixart_t2i.py  tests/test_t2i.py -k 'train_is or b15 or update_draws or miniature'": {
+    "03_pixart_t2i.py  tests/test_t2i.py -k update_draws": {
         "stage 3: z not times t*": "(<<args.t_star *  => >>z, t",
-        "stage 3: the whole run unguided": "d_q = Guided(pipeline.net, <<args.guidance => 1>>,",
-        "stage 3: psi's weights swapped": 'if args.weight_psi == "<<edm => one>>"',
         "stage 3: theta's times from psi's flags": '<<if phase == "psi" else => #>> (args.p_mean',
         "stage 3: --truncate ignored": "args.t_max, <<args.truncate,  => >>**",
-        "stage 3: always caption 0": "torch.randint(<<len(captions) => 1>>, (args",
+        "stage 3: always caption 0": "torch.randint(<<len(captions) => 1>>, (args"},
+    "03_pixart_t2i.py  tests/test_t2i.py -k 'train_is or b15 or run_of_a_miniature'": {
+        "stage 3: the whole run unguided": "d_q = Guided(pipeline.net, <<args.guidance => 1>>,",
+        "stage 3: psi's weights swapped": 'if args.weight_psi == "<<edm => one>>"',
         "stage 3: guidance of the wrong sign": "(<<guided - free => free - guided>>)",
         "(B.14): sigma_data = 0.5": "(t**2 + <<1 => 0.25>>).sqrt(), timestep",
         "sample: --t-star ignored": "sample_one_step(g, <<args.t_star or  => >>t_star, z",
         "sample: --guidance ignored": "guidance if <<args.guidance is None => True>>"},
-    "03_pixart_t2i.py  tests/test_t2i.py tests/test_lab.py -k "
-    "'timestep or masks or test_guidance or t5_equals or decoder_equals or captions_and'": {
+    "03_pixart_t2i.py  tests/test_t2i.py -k 'timestep or masks or test_guidance or _equals'": {
         "(B.14): one timestep off": "timestep = <<999 => 1000>> -",
         "attention without the mask": "product_attention(q, k, v<<, mask => >>)",
         "padding is a valid token": "torch.arange(tokens) <<< => <=>> len(v)",
         "no guidance of channel 3": "(guided - free)<< => .index_fill(1, torch.tensor(3), 0)>>",
-        "latents times their scale": "latents <</ => *>> self.scaling_factor",
+        "latents times their scale": "latents <</ => *>> self.scaling_factor"},
+    "03_pixart_t2i.py  tests/test_lab.py -k captions_and": {
         "features at another noise level": "def token_features(net, images, t=<<0.2 => 0.3>>)"},
-    "eval_fid.py  tests/test_eval.py -k 'not bad'": {
+    "eval_fid.py  tests/test_eval.py -k 'kernel or recall or definition or change_nothing'": {
         "FID: covariances over n": "torch.outer(mu, mu)) / <<(n - 1) => n>>",
         "IS: 5 splits": "SPLITS = <<10 => 5>>",
         "IS: splits off by one": "(<<(index + 1) => index>> * SPLITS<< - 1 => >>) // n",
         "KID: a kernel of degree 2": "/ a.shape[1] + 1)**<<3 => 2>>",
         "precision: the second neighbour": "centres, k=<<3 => 2>>)"},
-    "lab/neighbours.py  tests/test_neighbours.py": {
+    "lab/neighbours.py  tests/test_neighbours.py -k 'detached or add or loss or hand or flow_as'": {
         "CD: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, h",
         "CT: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, d",
         "ADD: target not detached": "<<no => enable>>_grad():\n            target = self.d_q",

@@ -1,6 +1,6 @@
 """Mutations of the code, one at a time: which test notices each of them?
 
-    python lab/mutants.py                          all of them, some ten minutes on two cores
+    python lab/mutants.py                          all of them, ten minutes or more on two cores
     python lab/mutants.py --list                   their names
     python lab/mutants.py "SIM: the sign" "EMA: half-life of 1e5"
 

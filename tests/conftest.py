@@ -1,6 +1,7 @@
 """What several test files share: commands as typed, and Algorithm 2 once more, by hand."""
 import copy
 import importlib
+import json
 import os
 import signal
 import sys
@@ -105,6 +106,12 @@ def trained(folder, start=0):
     return nets + [vector(weight["exp_avg"] for weight in adam) for adam in adams]
 
 
+def logged(folder):
+    """{name: mean} of the last update, as the last line of log.jsonl has them."""
+    line = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    return {name: line[name] for name in ("loss_psi", "loss_theta", "divergence", "y_norm")}
+
+
 def difference(a, b):
     """The largest |a - b| / |b| of two runs."""
     return max(((x - y).norm() / y.norm()).item() for x, y in zip(a, b))
@@ -129,12 +136,15 @@ def norm(y, c=0.0):
     return (by_sample(y**2) + c**2).sqrt().reshape(-1, *[1] * (y.ndim - 1))
 
 
+def distance_of(s):
+    name, *pairs = s.distance.split(",")
+    return DISTANCES[name](**{k: float(v) for k, v in (pair.split("=") for pair in pairs)})
+
+
 def loss_theta(s, f, q, x_0):
     """f is d_psi(x_t), q is d_q(x_t). -> (B,)"""
-    name, *pairs = s.distance.split(",")
-    distance = DISTANCES[name](**{k: float(v) for k, v in (pair.split("=") for pair in pairs)})
-    d_prime = (lambda y: y / norm(y, 0.001)) if name == "phuber" and not pairs else distance.d_prime
-    y = f - q
+    y, distance = f - q, distance_of(s)
+    d_prime = (lambda y: y / norm(y, 0.001)) if s.distance == "phuber" else distance.d_prime
     weight = 1 / (x_0 - q).abs().flatten(1).mean(1).detach()
     own = s.weight == "own" and s.method == "sid"
     weight = weight if own or s.weight == "sidwgt" else 1
@@ -157,8 +167,8 @@ def times_by_hand(s, phase, column, random):
 
 
 def algorithm_2(start, d_q, shape, classes=0, **settings):
-    """-> what `trained` returns of a run with these settings, which starts from the net `start`."""
-    s, gradients = SimpleNamespace(**settings), [None, None]
+    """-> what `trained` and `logged` return of a run with these settings from the net `start`."""
+    s, gradients, figures = SimpleNamespace(**settings), [None, None], {}
     d_psi, g, g_ema = [copy.deepcopy(start).requires_grad_(True) for _ in range(3)]
     opt_psi, opt_theta = [torch.optim.Adam(net.parameters(), s.lr, (0.0, 0.999), s.adam_eps)
                           for net in (d_psi, g)]
@@ -166,7 +176,7 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
         if hasattr(layer, "dropout"):
             layer.dropout = s.dropout
     for step in range(s.steps):
-        random, batch = seed_step(s.seed, step), s.batch
+        random, batch, losses = seed_step(s.seed, step), s.batch, {"psi": [], "theta": []}
         draw = lambda *size, random=random: torch.randn(size, generator=random)
         for phase in ["psi"] * s.psi_updates + ["theta"]:
             z, eps, column = draw(batch, *shape), draw(batch, *shape), (batch, *[1] * len(shape))
@@ -185,7 +195,12 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
             if phase == "psi":
                 loss = by_sample((t**2 + 0.25) / (t * 0.5)**2 * (f - x_0)**2)
             else:
-                loss = loss_theta(s, f, d_q(x_t, t, *c), x_0)
+                q = d_q(x_t, t, *c)
+                loss, y = loss_theta(s, f, q, x_0), (f - q).detach()
+                figures |= {"divergence": distance_of(s).d(y).mean().item(),
+                            "y_norm": y.flatten(1).norm(dim=1).mean().item()}
+            losses[phase].append(loss.mean().item())
+            figures[f"loss_{phase}"] = sum(losses[phase]) / len(losses[phase])
             optimiser.param_groups[0]["lr"] = s.lr * (1 - step / s.steps * (s.anneal == "linear"))
             optimiser.zero_grad()
             (loss.sum() / batch).backward()
@@ -197,7 +212,7 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
             a.data = beta * a.data + (1 - beta) * b.data
     begun = vector(start.state_dict().values())
     nets = [vector(net.state_dict().values()) - begun for net in (d_psi, g, g_ema)]
-    return nets + gradients
+    return nets + gradients, figures
 
 
 def changed(defaults, options):

@@ -1,4 +1,5 @@
-"""lab/shapes.py: drawn shapes and who reads them back. lab/studies.py: many runs and curves."""
+"""lab/shapes.py: drawn shapes and who reads them back. lab/studies.py: many runs and curves.
+lab/mutants.py: its mutations fit the code."""
 import importlib
 import json
 import shutil
@@ -9,10 +10,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from common import save
+from common import UserError, save
 
 edm, t2i = importlib.import_module("02_edm_cifar"), importlib.import_module("03_pixart_t2i")
 shapes, studies = importlib.import_module("lab.shapes"), importlib.import_module("lab.studies")
+mutants = importlib.import_module("lab.mutants")
 
 
 # ---- shapes ----
@@ -36,6 +38,10 @@ def test_captions_and_their_images():
     assert small.mean() < 0.7 * large.mean()
     true = shapes.draw_tested(1002, 1)
     assert shapes.prompt_accuracy(true[1000:], tested[:2])["all"] == 1  # the prompts in turn
+    teacher, _, meta = t2i.load_pipeline(t2i.EMBEDDED)
+    features = t2i.token_features(teacher.net, true[::5])  # whose mean is in the teacher's file
+    standard_error = (meta["sigma"].trace() / len(features)).sqrt()
+    assert (features.mean(0) - meta["mu"]).norm() < standard_error
 
 
 def make_run(folder, file, **meta):
@@ -176,3 +182,17 @@ def test_plot_draws_the_logs_of_any_runs(study, tmp_path, capsys, refused):
                           (["plot", *runs, "--keys", "z"], "among divergence, fd, images, y"),
                           (["no-such"], "invalid choice"), (["plot", "none"], "log.jsonl")):
         assert message in refused(studies.main, argv), argv
+
+
+# ---- mutations ----
+def test_mutations_fit_the_code(refused):
+    """Each changes one place, and leaves a program."""
+    equivalent = {name: (file, change) for name, (file, change, _) in mutants.EQUIVALENT.items()}
+    table = {name: (file, change) for name, (file, _, change) in mutants.TABLE.items()} | equivalent
+    assert sum(map(len, mutants.MUTATIONS.values())) + len(equivalent) == len(table) > 60
+    for name, (file, change) in table.items():
+        source = mutants.mutate(name, file, change)
+        assert source != (ROOT / file).read_text() and compile(source, file, "exec")
+    with pytest.raises(UserError, match="occurs 0 times"):
+        mutants.mutate("x", "common.py", "no such <<text => word>>")
+    assert "no mutation 'x'" in refused(mutants.main, ["x"])

@@ -371,6 +371,37 @@ def test_what_learns_and_that_a_killed_run_continues(method, tmp_path, monkeypat
     assert same(lab.make_denoiser().state_dict(), parts["learned"]) == (method == "ct")
 
 
+@pytest.mark.parametrize("method", ["cd", "add"])
+def test_train_by_hand(method, tmp_path):
+    """Four updates with the method's own losses, which are tested above: Adam without momentum, a
+    learning rate that falls to 0, and EDM's average of g. dmd and pagoda differ in the losses."""
+    lab.main([*SHORT, "--method", method, "--pretrain-steps", "9", "--out", str(tmp_path / "run")])
+    state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    args, mixture = lab.parse([*SHORT, "--method", method]), toy.make_mixture("ring")
+    g, d_psi, g_ema = [lab.make_denoiser() for _ in range(3)]
+    for net in (g, d_psi, g_ema):
+        net.load_state_dict(state["learned"])
+    by_hand = lab.NEIGHBOURS[method](args, mixture, mixture.denoiser,
+                                     SimpleNamespace(g=g, d_psi=d_psi))
+    adams = [torch.optim.Adam(net.parameters(), betas=(0.0, 0.999)) for net in (d_psi, g)]
+    for step in range(4):
+        by_hand.begin(step)
+        for loss, net, adam in zip((by_hand.psi, by_hand.theta), (d_psi, g), adams):
+            if loss:
+                d_psi.requires_grad_(net is d_psi)
+                g.requires_grad_(net is g)
+                adam.param_groups[0]["lr"] = 2e-3 * (4 - step) / 4
+                adam.zero_grad()
+                loss().mean().backward()
+                adam.step()
+        beta = 0.5**(16 / (0.05 * 16 * step)) if step else 0
+        for a, b in zip(g_ema.parameters(), g.parameters()):
+            a.data = beta * a.data + (1 - beta) * b.data
+    for name, net in (("g", g), ("g_ema", g_ema), ("d_psi", d_psi)):
+        for key, w in net.state_dict().items():
+            torch.testing.assert_close(state[name][key], w, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("method", ["dmd", "sim"])
 def test_a_flow_as_the_teacher(method, tmp_path, monkeypatch):
     calls, flow_loss = [], lab.flow_loss

@@ -1,4 +1,5 @@
 """The first half of common.py, against autograd, differences, closed forms and scipy."""
+import importlib
 import math
 import resource
 import time
@@ -18,6 +19,9 @@ from common import (DISTANCES, EDMPrecond, UserError, check_batch, di_loss, draw
                     lambda_edm, load_frozen, load_generator, make_generator_loss, micro_batches,
                     moments, p_edm, p_karras, parse_distance, phuber, power, seed_step, sid_loss,
                     sidwgt, sim_loss, smoothl1, train_only, update)
+
+
+t2i = importlib.import_module("03_pixart_t2i")
 
 
 def random(*shape, seed=0):
@@ -110,6 +114,9 @@ def test_truncation():
     assert low <= t.min() and t.max() <= high and (t == torch.tensor(low)).float().mean() < 1e-3
     ends = [(math.log(end) + 2) / 2 for end in (low, high)]
     assert stats.kstest(t.log().numpy(), "truncnorm", (*ends, -2, 2)).pvalue > 1e-3
+    near = p_edm((20_000,), 0, 1, 0.5, 2, truncate="resample")  # much of it lies beyond both ends
+    ends = math.log(0.5), math.log(2)
+    assert stats.kstest(near.log().numpy(), "truncnorm", ends).pvalue > 1e-3
     for ends in ({"t_min": 2, "t_max": 1}, {"t_min": -1}):
         with pytest.raises(UserError):
             p_edm((3,), **ends)
@@ -266,6 +273,15 @@ def test_sampler_on_a_gaussian():
     torch.testing.assert_close(x, 80 * z * 0.5 / math.sqrt(0.25 + 80**2), rtol=0.06, atol=0)
 
 
+def test_sampling_times():
+    """Karras et al. 2022, (5), with the settings of their Table 1, in numpy."""
+    for n, ends in ((18, (80, 0.002)), (14, (156.6155, 0.01)), (1, (80, 80))):
+        by_hand = np.linspace(*[end**(1 / 7) for end in ends], n)**7
+        times = common.sampling_times(n, **{} if n == 18 else {"sigma_min": ends[1],
+                                                               "sigma_max": ends[0]})
+        np.testing.assert_allclose(times, [*by_hand, 0], rtol=1e-12)
+
+
 def data_to_noise(denoise, z, num_steps, sigma_min):
     """heun along rising times, from the end of a flow to its beginning."""
     return common.heun(denoise, z, common.sampling_times(num_steps, sigma_min)[-2::-1])
@@ -284,6 +300,13 @@ def test_samplers_are_of_second_order(sampler):
     each, last = {edm_sampler: (2, 1), common.dpm_solver: (1, 0), data_to_noise: (2, 2)}[sampler]
     assert len(calls) == each * (64 + 128) - 2 * last and calls[0].shape == (8, 1, 1)
     assert 3.4 < errors[0] / errors[1] < 4.6 and errors[1] < 0.01 * exact.abs().max()
+
+
+def test_heun_adds_up_in_float64():
+    """Where all is denoised to 1, the flow is 1 + a t. A step of 1e-7 is one bit of float32."""
+    start = torch.full((1, 1), 1.0001)
+    x = common.heun(lambda x, t: torch.ones_like(x), start, torch.linspace(1, 2, 1001).tolist())
+    torch.testing.assert_close(x - 1, 2 * (start - 1), rtol=2e-3, atol=0)
 
 
 def test_dpm_solver_by_hand():
@@ -391,6 +414,55 @@ def test_frechet_distance_refuses():
         for pair in ((mu, sigma, *moments_2), (*moments_2, mu, sigma)):
             with pytest.raises(UserError, match=text):
                 frechet_distance(*pair)
+
+
+# ---- the paper's numbers ----
+STAGE_2 = {  # typed from arXiv 2410.16794v1; what the paper leaves open is from SiD's code
+    "Table 5": {"lr": 1e-5, "batch": 256, "t_star": 2.5},
+    "(B.6) for psi": {"psi_mean": -1.2, "psi_std": 1.2},
+    "(B.10) for theta": {"p_mean": -3.5, "p_std": 2.5, "p_theta": "lognormal"},
+    "(B.13)": {"method": "sim", "distance": "phuber,c=0.001", "weight": "own"},
+    "Algorithm 2": {"psi_updates": 1, "anneal": "none"},
+    "SiD's code": {"ema_half_life": 5e5, "dropout": 0.13, "adam_eps": 1e-8, "amp": "none"}}
+STAGE_3 = {
+    "B.3: optimisers": {"lr": 5e-6, "batch": 1024, "steps": 16_000},
+    "B.3: memory": {"checkpointing": True, "amp": "bf16"},
+    "B.3: the same noise levels for both": {"psi_mean": -2.0, "psi_std": 2.0, "p_mean": -2.0,
+                                            "p_std": 2.0, "t_min": 0.01, "t_max": 156.6155},
+    "B.3: both weights are 1": {"weight_psi": "one", "weight": "own"},
+    "(B.15)": {"t_star": 2.5}, "PixArt's own": {"guidance": 4.5},
+    "Algorithm 2": {"psi_updates": 1, "anneal": "none"},
+    "(B.13)": {"method": "sim", "distance": "phuber,c=0.001"},
+    "SiD's code": {"ema_half_life": 5e5, "adam_eps": 1e-8}}
+
+
+@pytest.mark.parametrize("teacher", ["uncond", "cond", "pixart"])
+def test_numbers_of_the_paper(teacher, monkeypatch):
+    """What a command with a published teacher and no other option trains with."""
+    seen, stage = [], t2i if teacher == "pixart" else edm
+    teachers = {edm: lambda name: (nn.Linear(1, 1), {}, {}), t2i: lambda *_: (
+        Namespace(encode=None), {"prompts": ["a cat"]}, {"teacher": "pixart"})}
+    monkeypatch.setattr(stage, "load_teacher", teachers[stage])
+    monkeypatch.setattr(t2i, "encode_once", lambda pipeline, texts: texts)
+    monkeypatch.setattr(stage, "prepare", lambda args, *rest: seen.append(vars(args)) or Namespace(
+        finished=lambda: True))
+    stage.main(["--teacher", teacher, "--device", "cpu"])
+    for place, numbers in (STAGE_3 if stage is t2i else STAGE_2).items():
+        assert {name: seen[0][name] for name in numbers} == numbers, place
+
+
+def test_numbers_of_the_optimisers_and_of_the_noise_table():
+    """Table 5's Adam, for both networks; and B.3: beta rises from 0.0001 to 0.02 in 1000 steps,
+    and the noise level of step i is that of variance-preserving diffusion."""
+    parts = common.make_parts(nn.Linear(1, 1), 1e-6)
+    for adam in (parts["opt_psi"], parts["opt_theta"]):
+        assert adam.param_groups[0]["betas"] == (0.0, 0.999)
+        assert adam.param_groups[0]["eps"] == 1e-6
+    beta = np.linspace(0.02, 1e-4, 1001)[1:]  # of u[999], ..., u[0], from the last backwards
+    kept = np.cumprod(1 - beta[::-1])  # alpha bar
+    u = np.sqrt((1 - kept) / kept)[::-1]
+    np.testing.assert_allclose(t2i.noise_table()[:1000], u, rtol=1e-5)
+    assert [u[0], u[-1]] == pytest.approx([156.6155, 0.01], rel=1e-4)
 
 
 # ---- networks from files ----

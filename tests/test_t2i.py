@@ -402,18 +402,6 @@ def test_bf16_agrees_with_float32(release):
 
 
 # ---- Algorithm 2 ----
-def test_presets():
-    """B.3 of arXiv 2410.16794v1, typed from there; guidance is PixArt's own, eps and EMA SiD's."""
-    b_3 = {"method": "sim", "steps": 16_000, "batch": 1024, "lr": 5e-6, "anneal": "none",
-           "t_star": 2.5, "p_mean": -2.0, "p_std": 2.0, "psi_mean": -2.0, "psi_std": 2.0,
-           "t_min": 0.01, "t_max": 156.6155, "psi_updates": 1, "weight_psi": "one", "amp": "bf16",
-           "guidance": 4.5, "adam_eps": 1e-8, "ema_half_life": 5e5}
-    assert {name: t2i.PRESETS["paper"][name] for name in b_3} == b_3
-    args = t2i.stage_parser().parse_args([])
-    assert args.distance == "phuber,c=0.001" and args.weight == "own" and args.truncate == "clamp"
-    assert t2i.PRESETS["miniature"]["weight_psi"] == "edm"
-
-
 @pytest.mark.parametrize("truncate", ["clamp", "resample"])
 def test_what_an_update_draws(truncate):
     """z is t* times standard normal; t comes from the phase's own options; all prompts come."""
@@ -458,7 +446,7 @@ def mini(tmp_path_factory):
     return path
 
 
-TYPED = """--steps 8 --batch 4 --batch-gpu 4 --lr 1e-3 --anneal linear --adam-eps 1e-2 --seed 3
+TYPED = """--steps 4 --batch 4 --batch-gpu 4 --lr 1e-3 --anneal linear --adam-eps 1e-2 --seed 3
     --guidance 3 --t-star 2 --p-mean -4 --p-std 1.5 --psi-mean 0.5 --psi-std 0.4 --amp none
     --no-checkpointing --device cpu""".split()
 
@@ -480,7 +468,7 @@ def by_hand(file, guidance, weight_psi, low=0.0, high=math.inf, resample=False):
     d_psi, g, g_ema = [copy.deepcopy(d_q) for _ in range(3)]
     adams = {net: torch.optim.Adam(net.parameters(), 1e-3, (0.0, 0.999), 1e-2)
              for net in (d_psi, g)}
-    for step in range(8):
+    for step in range(4):
         random = seed_step(3, step)
         draw = lambda *size, random=random: torch.randn(size, generator=random)
         for learns, still, mean, std in ((d_psi, g, 0.5, 0.4), (g, d_psi, -4, 1.5)):
@@ -501,7 +489,7 @@ def by_hand(file, guidance, weight_psi, low=0.0, high=math.inf, resample=False):
                 free = d_q(x_t, t, empty.expand_as(caption), mask)
                 y = f - (free + guidance * (d_q(x_t, t, caption, mask) - free))
                 loss = -y / norm(y, 0.001) * (f - x_0)
-            adams[learns].param_groups[0]["lr"] = 1e-3 * (1 - step / 8)
+            adams[learns].param_groups[0]["lr"] = 1e-3 * (1 - step / 4)
             adams[learns].zero_grad()
             (loss.sum() / 4).backward()
             gradients[learns] = vector(w.grad for w in learns.parameters())
@@ -516,8 +504,7 @@ def by_hand(file, guidance, weight_psi, low=0.0, high=math.inf, resample=False):
 
 @pytest.mark.parametrize("options, settings", [
     ("", {"weight_psi": lambda_edm}),
-    ("--preset paper", {"weight_psi": torch.ones_like, "low": 0.01, "high": 156.6155}),
-    ("--preset paper --truncate resample",
+    ("--preset paper --truncate resample --batch-gpu 3",  # 3 + 1
      {"weight_psi": torch.ones_like, "low": 0.01, "high": 156.6155, "resample": True})])
 def test_train_is_algorithm_2_with_guidance(options, settings, mini, tmp_path, monkeypatch):
     monkeypatch.setattr(t2i, "distil", train_alone)
@@ -575,6 +562,22 @@ def test_a_run_leaves_what_it_should(whole):
     end = torch.load(whole / "ckpt.pt", weights_only=True)["g"]
     still = {name for name, w in end.items() if torch.equal(w, start[name.removeprefix("model.")])}
     assert still == {"model.y_embedder.y_embedding"}
+
+
+def test_b15_in_training(whole, monkeypatch):
+    """(B.15): x_0 = z - t* F(z / sqrt(t*^2 + 1)), where z = t* N(0, 1) and F is at timestep 440."""
+    seen, prompts = [], [text for text in TEXTS if text]
+    monkeypatch.setattr(t2i, "dsm_loss", lambda d_psi, x_0, *rest: seen.append(x_0) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pixart_run(whole.parent, "b15")
+    F_theta, random = t2i.load_pixart(RELEASE), seed_step(0, 0)
+    z, _, _ = [torch.randn(8, *shape, generator=random) for shape in ((4, 16, 16),) * 2 + ((1,),)]
+    chosen = torch.randint(len(prompts), (8,), generator=random)
+    captions, masks = t2i.encode_prompts(FIXTURES / "t5", prompts, torch.bfloat16,
+                                         F_theta.tokens)
+    z, cond = 2.5 * z, ((captions * masks[..., None])[chosen].float(), masks[chosen])
+    eps = F_theta(z / 7.25**0.5, torch.tensor([440]), *cond)[:, :4]
+    close(seen[0], z - 2.5 * eps, 1e-5)
 
 
 def test_prompts_are_encoded_once(whole, monkeypatch, refused):
@@ -756,6 +759,14 @@ def test_a_run_of_a_miniature(mini, tmp_path, monkeypatch, capsys):
     t2i.main(["--sample", str(run), "--prompt", "a red ring", "--device", "cpu", "--n", "2",
               "--teacher-steps", "2", "--out", str(tmp_path / "x.png")])
     assert image(tmp_path / "x.png").shape == (2 * 104 + 64, 2 * 104, 3)
+    teachers = []
+    monkeypatch.setattr(t2i, "sample_teacher", lambda d_q, z, *_: teachers.append(d_q) or z)
+    for k, more in enumerate(([], ["--guidance", "7"], ["--t-star", "0.5"])):
+        t2i.main(["--sample", str(run), "--prompt", "a red ring", "--device", "cpu",
+                  "--teacher-steps", "2", "--out", str(tmp_path / f"{k}.npz"), *more])
+    one, same, other = [np.load(tmp_path / f"{k}.npz")["one_step"] for k in range(3)]
+    assert [d_q.guidance for d_q in teachers] == [3, 7, 3]  # the run's own, unless another is asked
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
     mini_run(mini, run, "--steps", "2", "--batch-gpu", "3")
     assert "is finished" in capsys.readouterr().out
     generator = t2i.load_pipeline(run)[0]

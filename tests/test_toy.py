@@ -1,5 +1,6 @@
 """01_toy_2d.py: the theorem, the exact denoiser, Algorithm 2 by hand, and runs as typed."""
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -10,8 +11,8 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DEFAULTS, FLAGS, ROOT, algorithm_2, changed, difference, quick_command, toy,
-                      trained, vector)
+from conftest import (DEFAULTS, FLAGS, ROOT, algorithm_2, changed, difference, logged,
+                      quick_command, toy, trained, vector)
 from PIL import Image
 
 import common
@@ -76,6 +77,38 @@ def test_theorem_rows(monkeypatch, capsys):
     assert c == pytest.approx(0.5 * (1 + 2.5**2)**-0.5 / s**2)
 
 
+def test_the_score_projection_identity():
+    """(A.1): E u(x_t)^T (s_p(x_t) - grad log q(x_t | x_0)) = 0 for every u, where s_p is the score
+    of x_t, by quadrature. For denoisers it is E u(x_t)^T (d_p(x_t) - x_0) = 0. So the value of
+    SIM's loss is 0 where d_psi is right, whatever distance and teacher, and not where it is not."""
+    atoms = torch.tensor([[-1.3], [0.2], [0.9]], dtype=torch.float64)  # x_0 is one of them
+    eps = torch.linspace(-12, 12, 6001, dtype=torch.float64)[:, None]
+    weights = (-eps**2 / 2).exp() / (-eps**2 / 2).exp().sum() / len(atoms)
+    u = lambda x: (3 * x).sin() + x**2 / (1 + x.exp())
+    teacher = lambda x, *_: torch.tanh(x - 0.4)
+    for a, s in ((1.0, 0.3), (1.0, 2.0), (0.6, 0.8)):
+        def right(x, *_, a=a, s=s):  # E[x_0 | x_t = x] by Bayes
+            return (-(x - a * atoms.T)**2 / (2 * s**2)).softmax(1) @ atoms
+
+        def score(x, *_, a=a, s=s, right=right):
+            return (a * right(x) - x) / s**2
+
+        def mean(value, a=a, s=s):
+            pairs = [value(x_0.expand_as(eps), a * x_0 + s * eps) for x_0 in atoms]
+            return sum((weights * v.reshape(eps.shape)).sum().item() for v in pairs)
+
+        identity = mean(lambda x_0, x_t, f=score, s=s: u(x_t) * (f(x_t) + eps / s))
+        of_denoisers = mean(lambda x_0, x_t, f=right: u(x_t) * (f(x_t) - x_0))
+        assert max(abs(identity), abs(of_denoisers)) < 1e-12
+        for d in (DISTANCES["l2"](), DISTANCES["smoothl1"](), DISTANCES["phuber"](0.5)):
+            loss = lambda k, d=d, a=a, s=s, score=score: mean(lambda x_0, _: toy.sim_loss_score(
+                lambda *x: k * score(*x), teacher, x_0, a, s, d, eps)[0])
+            assert abs(loss(1)) < 1e-12 < 1e-3 < abs(loss(0.8))
+            loss = lambda k, d=d, s=s, right=right: mean(lambda x_0, _: common.sim_loss(
+                lambda *x: k * right(*x), teacher, x_0, s, d, eps)[0])
+            assert a < 1 or abs(loss(1)) < 1e-12 < 1e-3 < abs(loss(0.8))
+
+
 # ---- the mixtures ----
 @pytest.mark.parametrize("a, s", [(1.0, 0.3), (1.0, 2.0), (0.6, 0.8)])
 @pytest.mark.parametrize("std", [0.0, 0.1])
@@ -120,23 +153,51 @@ def test_measures():
     x = mixture.sample(8000, random)
     on_modes, shares = toy.mode_shares(x, mixture)
     assert on_modes == pytest.approx(1 - math.exp(-8), abs=1e-3)
+    at_3_9_and_4_1_std = mixture.means[:2] * torch.tensor([[1.39], [1.41]])
+    assert toy.mode_shares(at_3_9_and_4_1_std, mixture) == (0.5, [0.5, 0.5, *[0.0] * 6])
     assert max(abs(np.array(shares) - 0.125)) < 0.015
     to_mode = torch.cdist(x, mixture.means).min(1)[0].square().mean()
     assert to_mode.item() == pytest.approx(2 * 0.1**2, rel=0.05)
     shift = torch.tensor([0.3, 0.4])  # mean over directions of (shift . direction)^2: |shift|^2 / 2
     moved = toy.sliced_w2(toy.projections(x), toy.projections(x + shift))
     assert moved == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    mixed = x[torch.randperm(len(x), generator=random)]  # the same set in another order
+    assert toy.sliced_w2(toy.projections(x), toy.projections(mixed)) < 1e-6
 
 
-def test_the_pretrained_denoiser_approaches_the_exact_one():
-    args = Namespace(pretrain_steps=150, batch=128, mixture="ring")
-    torch.manual_seed(0)
+def test_sets_meet_those_of_other_numbers():
+    """A set that met itself would have the distance 0, and the exact sets' own figure would lie."""
     mixture = toy.make_mixture("ring")
-    net, x = toy.make_denoiser(), mixture.sample(2000) + 0.5 * torch.randn(2000, 2)
-    error = lambda: (net(x, 0.5) - mixture.denoiser(x, 0.5)).square().mean().item()
-    before = error()
+    a, b, c = sets = [mixture.sample(100) for _ in range(3)]
+    w2 = lambda x, y: toy.sliced_w2(toy.projections(x), toy.projections(y))
+    expected = (w2(b, a) + w2(c, a) + w2(c, b)) / 3
+    assert toy.measure(sets, sets, mixture)["sw2"] == pytest.approx(expected)
+    moved = [x + 5 for x in sets]
+    expected = (w2(moved[1], a) + w2(moved[2], a) + w2(moved[2], b)) / 3
+    assert toy.measure(moved, sets, mixture)["sw2"] == pytest.approx(expected)
+
+
+def test_pretraining_by_hand():
+    """Denoising score matching with EDM's noise levels and weight; the lr falls from 2e-3 to 0."""
+    args, mixture = Namespace(pretrain_steps=3, batch=16, mixture="ring"), toy.make_mixture("ring")
+    torch.manual_seed(0)
+    net = toy.make_denoiser()
+    by_hand = copy.deepcopy(net)
+    adam = torch.optim.Adam(by_hand.parameters())
+    torch.manual_seed(1)
     toy.pretrain(args, net, mixture)
-    assert error() < 0.5 * before
+    torch.manual_seed(1)
+    for step in range(3):
+        x_0 = mixture.sample(16)
+        t = torch.exp(-1.2 + 1.2 * torch.randn(16, 1))
+        x_t = x_0 + t * torch.randn(16, 2)
+        loss = ((t**2 + 0.25) / (0.5 * t)**2 * (by_hand(x_t, t) - x_0)**2).sum(1).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.param_groups[0]["lr"] = 2e-3 * (3 - step) / 3
+        adam.step()
+    a, b = vector(net.parameters()), vector(by_hand.parameters())
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 # ---- Algorithm 2 ----
@@ -169,9 +230,11 @@ def test_train_is_algorithm_2(options, tmp_path, quick, unchanged, monkeypatch):
     settings = changed(RING, options)
     mixture = toy.make_mixture(settings["mixture"])
     d_q = mixture.denoiser if settings["teacher"] == "exact" else learned
-    by_hand = algorithm_2(learned, d_q, (2,), **settings)
+    by_hand, figures = algorithm_2(learned, d_q, (2,), **settings)
     run = trained(tmp_path, start=vector(learned.state_dict().values()))
     assert difference(run, by_hand) < 2e-5
+    if "--batch-gpu" not in options:
+        assert logged(tmp_path) == pytest.approx(figures, rel=1e-4)
     if options and "--batch-gpu" not in options:
         assert not all(map(torch.equal, trained(tmp_path), unchanged))
 

@@ -277,6 +277,13 @@ def renoised_steps(g, z, t_star, segments, steps=None, where=None):
     return x_0
 
 
+def sampler_of(meta):
+    """-> the function (g, z, t_star) that draws samples of a run, by what its file says."""
+    segments = int(meta.get("segments", 1))
+    require(0 < segments <= 1000, f"{segments} segments")
+    return partial(renoised_steps if meta.get("few") else few_steps, segments=segments)
+
+
 NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA,
               "kernel": Kernel, "drifting": Drifting, "sida": SiDA, "few": Few}
 
@@ -361,10 +368,8 @@ def sample(args):
     """--sample: as in stage 1, with as many evaluations of g as the run has segments."""
     _, _, meta = load_generator(args.sample, make_denoiser)
     with reading(args.sample, "a run of this script or of stage 1"):
-        segments, few = int(meta.get("segments", 1)), meta.get("few", False)
-        require(0 < segments <= 1000, f"{segments} segments")
-    toy.sample(args, make_denoiser, partial(renoised_steps if few else few_steps,
-                                            segments=segments))
+        sampler = sampler_of(meta)
+    toy.sample(args, make_denoiser, sampler)
 
 
 def parse(argv):
@@ -402,13 +407,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     flow, mixture = args.teacher == "flow", toy.make_mixture(args.mixture, device)
     net = make_denoiser(flow).to(device)
-    few = args.method == "few"
-    run = toy.prepare(args, folder, net, {"flow": flow}, segments=args.segments, few=few)
+    steps = {"segments": args.segments, "few": args.method == "few"}
+    run = toy.prepare(args, folder, net, {"flow": flow}, **steps)
     if not run.finished():
         loop = partial(train, mixture=mixture) if args.method in NEIGHBOURS else toy.train
         pretrain = partial(toy.pretrain, loss_of=flow_loss) if flow else toy.pretrain
-        sampler = partial(renoised_steps if few else few_steps, segments=args.segments)
-        toy.distil(args, run, mixture, net, loop, pretrain, sampler)
+        toy.distil(args, run, mixture, net, loop, pretrain, sampler_of(steps))
         print(f"next: python lab/neighbours.py --sample {folder} --n 5000")
 
 

@@ -62,6 +62,9 @@ CONSTANTS = {"c = 1": "--distance phuber,c=1", "c = 0.01": "--distance phuber,c=
 NEIGHBOURS = METHODS | {
     "DMD": "--method dmd", "ADD": "--method add", "CD": "--method cd", "iCT": "--method ct",
     "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
+AFTER = {"SIM": "", "SIM without d_psi": "--method kernel", "drifting": "--method drifting",
+         "SiDA": "--method sida", "SIM, 2 evaluations": "--method few",
+         "SIM, 4 evaluations": "--method few --segments 4"}
 WRONG = {"SIM": "", "d' detached": "--method d_prime_detached",
          "d_q detached": "--method d_q_detached",
          "d(y) back-propagated": "--method d_backpropagated"}
@@ -88,6 +91,7 @@ def figure_2(**rates):
 
 STUDIES = {
     "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
+    "after-the-paper": Study(*TOY, {"after the paper": AFTER}, samples=True),
     "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
     "t-star": Study(*TOY, {"t*": T_STARS}, samples=True),
@@ -211,7 +215,7 @@ def draw_samples(study, path):
         if not (folder / "g_ema.pt").exists():  # the run stopped before its first checkpoint
             continue
         g, t_star, meta = load_generator(folder, neighbours.make_denoiser)
-        x = neighbours.few_steps(g, z, t_star, meta.get("segments", 1))
+        x = neighbours.sampler_of(meta)(g, z, t_star)
         stopped = "" if (folder / "metrics.json").exists() else f" (stopped at {meta['step']})"
         panels.append(toy.panel(mixture, x, label + stopped))
     columns = max(n for n in range(1, 7) if len(panels) % n == 0)

@@ -1,6 +1,6 @@
 """Stage 2: an EDM diffusion model of images, 35 evaluations an image, becomes a one-step generator.
 
-    python 02_edm_cifar.py --distance phuber                nine minutes on two cores: Fashion-MNIST
+    python 02_edm_cifar.py --distance phuber                ten minutes on two cores: Fashion-MNIST
     python 02_edm_cifar.py --teacher uncond --batch-gpu 32  CIFAR-10, the settings of Table 5
     torchrun --standalone --nproc_per_node=8 02_edm_cifar.py --teacher uncond --batch-gpu 32
     python 02_edm_cifar.py --sample runs/fashion-sim-phuber-0 --n 64 --teacher-sample

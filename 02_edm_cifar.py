@@ -612,12 +612,13 @@ def distil(args, run, d_q, examiner):
 def summarise(run, **figures):
     """Write metrics.json, and print what the file says."""
     metrics = run.finish(**figures)
-    titles = {"fd": "FD-judge", "class_accuracy": "right class", "sw2": "sliced W2"}
+    titles = {"fd": ("FD-judge", "12.2f"), "class_accuracy": ("right class", "12.1%"),
+              "sw2": ("sliced W2", "12.4f")}
     columns = [key for key in titles if key in figures]
     if columns:
-        print(f"{metrics['n']} images".ljust(23), *[f"{titles[key]:>12}" for key in columns])
+        print(f"{metrics['n']} images".ljust(23), *[f"{titles[key][0]:>12}" for key in columns])
     for name, of in {"true images": "_floor", "teacher": "_teacher", "one step": ""}.items():
-        cells = [f"{figures[key + of]:12.4g}" for key in columns if key + of in figures]
+        cells = [f"{figures[key + of]:{titles[key][1]}}" for key in columns if key + of in figures]
         if cells:
             print(f"{name:23}", *cells)
     own = f" --teacher {metrics['teacher']}" if ":" in metrics["teacher"] else ""

@@ -91,7 +91,6 @@ def figure_2(**rates):
 
 STUDIES = {
     "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
-    "after-the-paper": Study(*TOY, {"after the paper": AFTER}, samples=True),
     "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
     "t-star": Study(*TOY, {"t*": T_STARS}, samples=True),

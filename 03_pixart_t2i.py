@@ -707,7 +707,7 @@ def train(args, d_q, captions, run, evaluate):
 
     for step in run.steps():
         random = seed_step(args.seed, step, device)
-        lr = args.lr * (1 - step / args.steps if args.anneal == "linear" else 1)
+        fall = 1 - step / args.steps if args.anneal == "linear" else 1
         # ---- Algorithm 2: begin ----
         train_only(d_psi, frozen=g)
         for _ in range(args.psi_updates):
@@ -717,7 +717,7 @@ def train(args, d_q, captions, run, evaluate):
                 loss_psi = dsm_loss(bind(d_psi, cond), x_0, t, eps, weight_psi)  # (B.2)
                 run.add(loss_psi=loss_psi)
                 (loss_psi.sum() / args.batch).backward()
-            update(run.opt_psi, lr)
+            update(run.opt_psi, (args.lr_psi or args.lr) * fall)
 
         train_only(g, frozen=d_psi)
         for z, t, eps, cond in draw("theta", random):
@@ -726,7 +726,7 @@ def train(args, d_q, captions, run, evaluate):
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
                     y_norm=y_t.flatten(1).norm(dim=1))
             (loss_theta.sum() / args.batch).backward()  # (B.13)
-        update(run.opt_theta, lr)
+        update(run.opt_theta, args.lr * fall)
         ema_update(g_ema, g, ema_beta(step * args.batch, args.batch, args.ema_half_life))
         # ---- Algorithm 2: end ----
         if run.due(args.log_every):

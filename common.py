@@ -583,6 +583,7 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--batch", type=count, help="samples in an update, over all ranks")
     add("--batch-gpu", type=count, help="samples at once: the gradients of the batch accumulate")
     add("--lr", type=positive, help="of both Adams (Table 5: 1e-5; B.3: 5e-6)")
+    add("--lr-psi", type=positive, help="of d_psi's Adam; --lr unless given")
     add("--anneal", choices=("none", "linear"), help="of the lr, to 0 at the last step")
     add("--t-star", type=positive, help="t* of (B.4) (Table 5: 2.5)")
     add("--p-mean", type=real, help="mean of g's log t (B.10: -3.5; B.3: -2)")

@@ -77,7 +77,8 @@ MUTATIONS = {
     "01_toy_2d.py  tests/test_toy.py -k 'train_is_algorithm_2 or pretrain'": {
         "stage 1: --psi-updates ignored": "range(<<args.psi_updates => 1>>)",
         "stage 1: a micro-batch's mean": "(loss_theta.<<sum() / args.batch => mean()>>)",
-        "stage 1: --anneal one step ahead": "(1 - <<step => (step + 1)>> / args.steps if",
+        "stage 1: --lr-psi ignored": "<<(args.lr_psi or args.lr) => args.lr>> * fall",
+        "stage 1: --anneal one step ahead": "fall = 1 - <<step => (step + 1)>> / args.steps",
         "stage 1: EMA one batch ahead": "ema_beta(<<step => (step + 1)>> * args.b",
         "stage 1: always the exact teacher": '<<if args.teacher == "exact" else run. => #>>learned',
         "stage 1: l2's divergence in the log": "divergence=<<distance.d => batch_sum>>(y_t)",

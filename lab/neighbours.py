@@ -1,7 +1,7 @@
 """Other ways to one and few steps, in stage 1's frame: the same networks, and as many updates.
 
     python lab/neighbours.py --method dmd              also add, cd, ct, mcm and pagoda
-    python lab/neighbours.py --method few              and what came later: kernel, drifting, sida
+    python lab/neighbours.py --method few              later: kernel, drifting, reward, sida, ...
     python lab/neighbours.py --method mcm --segments 2
     python lab/neighbours.py --method sim --teacher flow
     python lab/neighbours.py --sample runs/ring-exact-dmd-phuber-0 --n 5000
@@ -23,10 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import (Run, atomic, batch_sum, count, di_loss, diffuse, draw_times, dsm_loss,
-                    edm_sampler, ema_beta, ema_update, heun, l2, load_generator, make_parser,
-                    nowgt, one_line_errors, p_edm, parse_distance, phuber, pick_device,
-                    rank_and_ranks, reading, require, sampling_times, seed_step, sid_loss, sidwgt,
-                    sim_loss, train_only, update)
+                    edm_sampler, ema_beta, ema_update, heun, l2, lambda_edm, load_generator,
+                    make_parser, nowgt, one_line_errors, parse_distance, phuber, pick_device,
+                    positive, rank_and_ranks, reading, require, sampling_times, seed_step,
+                    sid_loss, sidwgt, sim_loss, train_only, update)
 
 import torch
 from matplotlib.figure import Figure
@@ -115,6 +115,21 @@ class Neighbour:
         return self.d_psi.model(x, x.new_zeros(1))[:, 0]
 
 
+class Matching(Neighbour):
+    """SIM as stage 1 trains it, for the methods that change one thing of it."""
+    def psi(self):
+        x_0 = self.generate(self.normal())
+        t = draw_times(self.args, "psi", (len(x_0), 1), **self.where)
+        return dsm_loss(self.d_psi, x_0, t, self.normal())
+
+    def theta(self):
+        return self.sim(self.generate(self.normal()), self.d_psi)
+
+    def sim(self, x_0, d_psi):
+        _, distance = parse_distance(self.args.distance)
+        return sim_loss(d_psi, self.d_q, x_0, self.time(), distance, self.normal())[0]
+
+
 class CD(Neighbour):
     """Consistency distillation (Song et al. 2023): |f(x_t, t) - f(x_s, s)|^2 [12]. The flow of the
     teacher leads x_t to x_s in one Heun step. The second f is detached and has no EMA. f(x, t) is
@@ -149,7 +164,7 @@ class CT(Neighbour):
         return phuber(0.00054 * x_0.shape[1]**0.5).d(y) / (t - s).flatten()
 
 
-class DMD(Neighbour):
+class DMD(Matching):
     """Distribution matching distillation (Yin et al. 2024): the gradient of the KL divergence [63]
     with the weight sidwgt, and 0.25 |g(z) - x|^2, where x is the end of the teacher's flow from z.
     The pairs (z, x) are made once. d_psi learns as in SIM [66]."""
@@ -157,11 +172,6 @@ class DMD(Neighbour):
         super().__init__(*arguments)
         self.z = torch.cat([self.normal() for _ in range(10)])
         self.x = edm_sampler(self.d_q, self.z)
-
-    def psi(self):
-        x_0 = self.generate(self.normal())
-        t = p_edm((len(x_0), 1), self.args.psi_mean, self.args.psi_std, **self.where)
-        return dsm_loss(self.d_psi, x_0, t, self.normal())
 
     def theta(self):
         x_0, t = self.generate(self.normal()), self.time()
@@ -204,14 +214,14 @@ class PaGoDA(Neighbour):
 
 
 # ---- After the paper ----
-class Kernel(Neighbour):
+class Kernel(Matching):
     """SIM without d_psi: given x_t, the mean of a batch of g's samples is a closed form, a softmax
     of distances. No network follows g, so that no network lags behind g. Ours."""
+    psi = None
+
     def theta(self):
-        x_0, t = self.generate(self.normal()), self.time()
-        student = toy.Mixture(x_0.detach(), 0.0).denoiser
-        _, distance = parse_distance(self.args.distance)
-        return sim_loss(student, self.d_q, x_0, t, distance, self.normal())[0]
+        x_0 = self.generate(self.normal())
+        return self.sim(x_0, toy.Mixture(x_0.detach(), 0.0).denoiser)
 
 
 class Drifting(Neighbour):
@@ -224,7 +234,16 @@ class Drifting(Neighbour):
         return di_loss(student, data, x_0, t, self.normal())[0]
 
 
-class SiDA(Neighbour):
+class Reward(Matching):
+    """Diff-Instruct* (arXiv 2410.20898): SIM's loss minus lambda times a reward of the sample, here
+    r(x_0), its first coordinate, so that the right half of the plane is worth more. lambda is
+    --reward."""
+    def theta(self):
+        x_0 = self.generate(self.normal())
+        return self.sim(x_0, self.d_psi) - self.args.reward * x_0[:, 0]
+
+
+class SiDA(Matching):
     """SIM and a GAN without a network of its own (SiDA, arXiv 2410.14919): the mean of d_psi's last
     hidden layer at x_t is the logit of "x_t comes from data". The weight 0.1 is ours."""
     def __init__(self, *arguments):
@@ -242,27 +261,54 @@ class SiDA(Neighbour):
         return loss + 0.1 * F.softplus(-self.logits)
 
     def theta(self):
-        x_0, t = self.generate(self.normal()), self.time()
-        _, distance = parse_distance(self.args.distance)
-        loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, distance, self.normal())
+        loss = self.sim(self.generate(self.normal()), self.d_psi)
         return loss + 0.1 * F.softplus(-self.logits)
 
 
-class Few(DMD):
-    """SIM for a generator of several steps (SiD, arXiv 2505.12674): each step but the first adds
-    new noise to the sample of the step before. An update trains the samples of one step, drawn
-    uniformly, and the steps before get no gradient."""
-    def __init__(self, *arguments):
-        Neighbour.__init__(self, *arguments)
+class RealUID(Neighbour):
+    """Data without a discriminator (RealUID, arXiv 2509.22459, as denoisers): g minimises, and
+    d_psi maximises, L(d_q) - L(d_psi), where L(d) = E alpha |d(x_t) - beta / alpha x_0|^2 over
+    samples, plus the same over data with 1 - alpha and 1 - beta. Once samples are as data, d_psi
+    is their denoiser. Without data, alpha = beta = 1, this is SiD with its alpha = 1/2."""
+    alpha, beta = 0.94, 0.96  # ours
 
-    def generate(self, z):
-        steps = torch.randint(self.args.segments, (), **self.where).item() + 1
-        return renoised_steps(self.g, z, self.args.t_star, self.args.segments, steps, self.where)
+    def misfit(self, denoiser, x, x_t, t, alpha, beta):
+        return alpha * batch_sum((denoiser(x_t, t) - beta / alpha * x)**2)
+
+    def psi(self):
+        loss = 0.0
+        for x, alpha, beta in ((self.generate(self.normal()), self.alpha, self.beta),
+                               (self.data(), 1 - self.alpha, 1 - self.beta)):
+            t = draw_times(self.args, "psi", (len(x), 1), **self.where)
+            x_t = diffuse(x, t, self.normal())
+            loss += lambda_edm(t).flatten() * self.misfit(self.d_psi, x, x_t, t, alpha, beta)
+        return loss
 
     def theta(self):
         x_0, t = self.generate(self.normal()), self.time()
-        _, distance = parse_distance(self.args.distance)
-        return sim_loss(self.d_psi, self.d_q, x_0, t, distance, self.normal())[0]
+        rest = x_0, diffuse(x_0, t, self.normal()), t, self.alpha, self.beta
+        return self.misfit(self.d_q, *rest) - self.misfit(self.d_psi, *rest)
+
+
+class Uni(Matching):
+    """SIM for l2, so weighted that the divergence (3.3) is KL(p_0 | q_0), which is the integral of
+    E|y_t|^2 / t^3 over t: Uni-Instruct (arXiv 2505.20755) files SIM under this KL. The loss is
+    divided by the density of t. What is followed is (3.5), and not the gradient of the KL."""
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, l2(), self.normal())
+        deviation = (t.log() - self.args.p_mean) / self.args.p_std
+        density = torch.exp(-deviation**2 / 2) / t  # but for a factor, which Adam takes out
+        return loss / (t**3 * density).flatten()
+
+
+class Few(Matching):
+    """SIM for a generator of several steps (SiD, arXiv 2505.12674): each step but the first adds
+    new noise to the sample of the step before. An update trains the samples of one step, drawn
+    uniformly, and the steps before get no gradient."""
+    def generate(self, z):
+        steps = torch.randint(self.args.segments, (), **self.where).item() + 1
+        return renoised_steps(self.g, z, self.args.t_star, self.args.segments, steps, self.where)
 
 
 def renoised_steps(g, z, t_star, segments, steps=None, where=None):
@@ -285,7 +331,8 @@ def sampler_of(meta):
 
 
 NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA,
-              "kernel": Kernel, "drifting": Drifting, "sida": SiDA, "few": Few}
+              "kernel": Kernel, "drifting": Drifting, "reward": Reward, "sida": SiDA,
+              "realuid": RealUID, "uni": Uni, "few": Few}
 
 
 def train(args, d_q, run, evaluate, mixture):
@@ -293,18 +340,18 @@ def train(args, d_q, run, evaluate, mixture):
     neighbour = NEIGHBOURS[args.method](args, mixture, d_q, run)
     for step in run.steps():
         neighbour.begin(step)
-        lr = args.lr * (1 - step / args.steps if args.anneal == "linear" else 1)
+        fall = 1 - step / args.steps if args.anneal == "linear" else 1
         if neighbour.psi:
             train_only(run.d_psi, frozen=run.g)
             loss_psi = neighbour.psi()
             run.add(loss_psi=loss_psi)
             loss_psi.mean().backward()
-            update(run.opt_psi, lr)
+            update(run.opt_psi, (args.lr_psi or args.lr) * fall)
         train_only(run.g, frozen=run.d_psi)
         loss_theta = neighbour.theta()
         run.add(loss_theta=loss_theta)
         loss_theta.mean().backward()
-        update(run.opt_theta, lr)
+        update(run.opt_theta, args.lr * fall)
         ema_update(run.g_ema, run.g, ema_beta(step * args.batch, args.batch, args.ema_half_life))
         if run.due(args.log_every, toy.LOOKS):
             run.write(**evaluate())
@@ -355,13 +402,16 @@ PRESETS = {"cd": FROM_NOISE, "mcm": {"segments": 4, **FROM_NOISE}, "pagoda": FRO
            "ct": {"pretrain_steps": 0, **FROM_NOISE},  # ct has no teacher to start from
            "few": {"segments": 2}}
 READ_ONLY_BY = {"mcm few": "segments",  # methods -> options that no other method reads
-                "sid": "sid_alpha",
+                "sid": "sid_alpha", "reward": "reward",
                 "sim sid di": "weight psi_updates batch_gpu",
-                "sim sid di kernel sida few": "distance",
-                "sim sid di dmd sida few": "psi_mean psi_std",
-                "sim sid di dmd add kernel drifting sida few": "p_theta p_mean p_std",
-                "sim sid di dmd add cd mcm pagoda kernel sida few": "teacher",
-                "sim sid di dmd add cd mcm pagoda kernel drifting sida few": "pretrain_steps"}
+                "sim sid di kernel reward sida few": "distance",
+                "sim sid di dmd add pagoda reward sida realuid uni few": "lr_psi",
+                "sim sid di dmd reward sida realuid uni few": "psi_mean psi_std",
+                "sim sid di dmd add kernel drifting reward sida realuid few": "p_theta",
+                "sim sid di dmd add kernel drifting reward sida realuid uni few": "p_mean p_std",
+                "sim sid di dmd add cd mcm pagoda kernel reward sida realuid uni few": "teacher",
+                "sim sid di dmd add cd mcm pagoda kernel drifting reward sida realuid uni few":
+                    "pretrain_steps"}
 
 
 def sample(args):
@@ -379,6 +429,7 @@ def parse(argv):
     toy.add_toy_options(parser, teachers=("exact", "learned", "flow"))
     parser.add_argument("--segments", type=count, default=1,
                         help="evaluations of g for a sample, 4 with --method mcm, 2 with few")
+    parser.add_argument("--reward", type=positive, default=0.1, help="lambda of --method reward")
     parser.add_argument("--gaussian", metavar="FILE", help="only draw section 5.3.1 of the notes")
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).method, {}))
     args, defaults = parser.parse_args(argv), parser.parse_args([])

@@ -119,13 +119,15 @@ def difference(a, b):
 
 # ---- Algorithm 2 by hand, with torch's own pieces and the paper's formulas ----
 DEFAULTS = {"method": "sim", "distance": "phuber", "weight": "own", "sid_alpha": 1.0, "steps": 3,
-            "batch": 8, "lr": 1e-3, "anneal": "none", "t_star": 2.5, "p_theta": "lognormal",
-            "p_mean": -3.5, "p_std": 2.5, "psi_mean": -1.2, "psi_std": 1.2, "psi_updates": 1,
+            "batch": 8, "lr": 1e-3, "lr_psi": 0.0, "anneal": "none",
+            "t_star": 2.5, "p_theta": "lognormal", "p_mean": -3.5, "p_std": 2.5, "psi_mean": -1.2,
+            "psi_std": 1.2, "psi_updates": 1,
             "ema_half_life": 5e5, "adam_eps": 1e-8, "dropout": 0.0, "seed": 0}
 FLAGS = ["", "--method sid", "--method sid --sid-alpha 1.2", "--method di", "--weight sidwgt",
          "--method sid --weight nowgt", "--distance phuber,c=0.5", "--p-theta karras",
          "--p-mean 0", "--p-std 0.5", "--psi-mean 0", "--psi-std 0.3", "--psi-updates 2",
-         "--t-star 1", "--ema-half-life 0.001", "--lr 1e-4", "--seed 7", "--batch-gpu 3"]
+         "--t-star 1", "--ema-half-life 0.001", "--lr 1e-4", "--lr-psi 1e-4",
+         "--seed 7", "--batch-gpu 3"]
 
 
 def by_sample(v):
@@ -201,7 +203,8 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
                             "y_norm": y.flatten(1).norm(dim=1).mean().item()}
             losses[phase].append(loss.mean().item())
             figures[f"loss_{phase}"] = sum(losses[phase]) / len(losses[phase])
-            optimiser.param_groups[0]["lr"] = s.lr * (1 - step / s.steps * (s.anneal == "linear"))
+            lr = s.lr_psi if phase == "psi" and s.lr_psi else s.lr
+            optimiser.param_groups[0]["lr"] = lr * (1 - step / s.steps * (s.anneal == "linear"))
             optimiser.zero_grad()
             (loss.sum() / batch).backward()
             gradients[phase == "theta"] = vector(w.grad for w in learns.parameters())

@@ -291,7 +291,7 @@ SETTINGS = [  # each flag that changes what is learned stands in one of these
     "", "--method sid --sid-alpha 1.2 --p-theta karras --psi-updates 2 --anneal linear --seed 7",
     "--method di --weight sidwgt --psi-mean 0 --psi-std 0.3 --p-mean 0 --p-std 0.5 --dropout 0.3",
     "--distance exp,alpha=4,beta=0.5 --weight sidwgt --t-star 1 --adam-eps 1e-2 --lr 1e-2",
-    "--distance phuber,c=0.5 --ema-half-life 0.001 --batch-gpu 3"]
+    "--distance phuber,c=0.5 --ema-half-life 0.001 --batch-gpu 3 --lr-psi 1e-4"]
 
 
 def small_run(tiny, folder, *options):

@@ -2,6 +2,7 @@
 import functools
 import importlib
 import json
+import math
 import signal
 from types import SimpleNamespace
 
@@ -28,9 +29,9 @@ def posterior_mean(x, t):
     return x * STD**2 / (STD**2 + t**2)
 
 
-def make(method, g, segments=1, d_psi=None, batch=2000):
+def make(method, g, segments=1, d_psi=None, batch=2000, flags=()):
     """A method whose data are N(0, STD^2) in the plane."""
-    flags = ["--segments", str(segments)] if method in ("mcm", "few") else []
+    flags = [*flags, "--segments", str(segments)] if method in ("mcm", "few") else flags
     args = lab.parse([*SHORT, "--method", method, "--batch", str(batch), *flags])
     mixture = toy.Mixture(torch.zeros(1, 2), STD)
     return lab.NEIGHBOURS[method](args, mixture, posterior_mean, SimpleNamespace(g=g, d_psi=d_psi))
@@ -295,6 +296,69 @@ def test_sida_is_sim_and_a_gan_on_d_psis_last_hidden_layer():
     assert gan == pytest.approx(gradient(by_hand, g), rel=1e-4)
 
 
+def begun(method, batch, *flags):
+    """A method and what its next theta() draws, with g(x, t) = 0.4 x and d_psi(x, t) = 0.9 x, whose
+    weights get gradients. -> method, g, d_psi, x_0, x_t, t"""
+    g, d_psi = Affine(0.4), Affine(0.9)
+    neighbour = make(method, g, d_psi=d_psi, batch=batch, flags=flags)
+    z, t = neighbour.normal(), neighbour.time()
+    x_0 = g(2.5 * z, 2.5)
+    x_t = x_0 + t * neighbour.normal()
+    neighbour.begin(4)
+    return neighbour, g, d_psi, x_0, x_t, t
+
+
+def test_reward_is_sim_less_lambda_times_the_first_coordinate():
+    reward, g, d_psi, x_0, x_t, t = begun("reward", 50, "--reward", "0.3", "--distance", "l2")
+    y = d_psi(x_t, t) - posterior_mean(x_t, t)
+    expected = -(2 * y * (d_psi(x_t, t) - x_0)).sum(1) - 0.3 * x_0[:, 0]
+    found = reward.theta()
+    torch.testing.assert_close(found, expected)
+    assert gradient(found, g) == pytest.approx(gradient(expected, g), rel=1e-4)
+
+
+def test_realuid_without_data_is_sid_and_with_data_its_optimum_is_their_denoiser():
+    realuid, g, d_psi, x_0, x_t, t = begun("realuid", 20_000)
+    realuid.alpha = realuid.beta = 1.0
+    f, q = d_psi(x_t, t), posterior_mean(x_t, t)
+    by_hand = 2 * ((q - f) * ((q - x_0) - 0.5 * (q - f))).sum(1)  # SiD's loss, alpha = 1/2
+    assert gradient(realuid.theta(), g) == pytest.approx(gradient(by_hand, g), rel=1e-4)
+
+    class Scaled(Affine):  # scale times the denoiser of the data
+        def forward(self, x, t):
+            return self.scale * posterior_mean(x, t)
+
+    as_data, d_psi = Affine(STD / 2.5), Scaled(1.0)
+    for alpha, beta in ((0.8, 0.9), (0.9, 0.6)):
+        realuid = make("realuid", as_data, d_psi=d_psi, batch=100_000,
+                       flags=["--psi-mean", "0", "--psi-std", "0.3"])
+        realuid.alpha, realuid.beta = alpha, beta
+        slope = torch.autograd.grad(realuid.psi().mean(), d_psi.scale)[0].item()
+        assert abs(slope) < 0.02, slope  # with beta = 1 it would be -0.2 and below
+
+
+def test_uni_has_the_weight_of_the_kl_divergence():
+    """Its value has the derivative of E|y|^2 / t^3, for times drawn from the log-normal density."""
+    uni, g, d_psi, x_0, x_t, t = begun("uni", 50)
+    y = d_psi(x_t, t) - posterior_mean(x_t, t)
+    density = torch.distributions.LogNormal(-1.5, 1.5).log_prob(t).exp()
+    expected = -(2 * y * (d_psi(x_t, t) - x_0)).sum(1) / (t**3 * density).flatten()
+    ratio = uni.theta() / expected
+    torch.testing.assert_close(ratio, ratio[:1].expand(50))  # Adam takes out one factor
+
+
+def test_sims_gradient_with_the_kls_weight_is_not_the_kls():
+    """One Gaussian N(0, v) against N(0, 1). KL = (v - 1 - log v) / 2 is the integral of E|y|^2/t^3
+    over t, and its derivative by v is (1 - 1/v) / 2. What SIM follows is (3.5): for v = 2 the
+    integral of du / ((2 + u)^2 (1 + u)), u = t^2, which is log 2 - 1/2."""
+    log_t = torch.linspace(-7, 7, 141, dtype=torch.float64)
+    slopes = torch.tensor([lab.gaussian_gradient(
+        lab.LOSSES["SIM, l2"], 0.0, 2**0.5, 0.0, 2**0.5, t)[1] for t in log_t.exp()])
+    by_v = torch.trapezoid(slopes / log_t.exp()**2, log_t) / (2 * 2**0.5)  # dt = t d log t
+    assert by_v.item() == pytest.approx(math.log(2) - 0.5, rel=1e-3)
+    assert abs(by_v.item() - (1 - 1 / 2) / 2) > 0.05
+
+
 def test_few_trains_each_of_its_steps_and_samples_by_all():
     """With the exact denoiser as g: the samples of each step, from noise added anew."""
     seen = []
@@ -446,8 +510,9 @@ def test_defaults_follow_the_method():
 @pytest.mark.parametrize("flags", [
     "--segments 2", "--sid-alpha 1.2", "--method cd --weight sidwgt", "--method dmd --distance l2",
     "--method cd --p-theta karras", "--method add --psi-mean 0", "--method ct --teacher flow",
-    "--method ct --pretrain-steps 9", "--method pagoda --psi-updates 2", "--method cd --batch-gpu 8"
-])
+    "--method ct --pretrain-steps 9", "--method pagoda --psi-updates 2",
+    "--method cd --batch-gpu 8", "--method uni --distance l2", "--method few --reward 1",
+    "--method kernel --lr-psi 1", "--method drifting --teacher flow"])
 def test_flags_that_a_method_does_not_read(flags, refused):
     assert "is not for --method" in refused(lab.main, flags.split())
 

@@ -31,6 +31,7 @@ from common import (UserError, atomic, count, image_grid, load_generator, one_li
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lab import neighbours
 
@@ -62,9 +63,24 @@ CONSTANTS = {"c = 1": "--distance phuber,c=1", "c = 0.01": "--distance phuber,c=
 NEIGHBOURS = METHODS | {
     "DMD": "--method dmd", "ADD": "--method add", "CD": "--method cd", "iCT": "--method ct",
     "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
-AFTER = {"SIM": "", "SIM without d_psi": "--method kernel", "drifting": "--method drifting",
-         "SiDA": "--method sida", "SIM, 2 evaluations": "--method few",
-         "SIM, 4 evaluations": "--method few --segments 4"}
+AFTER = {
+    "SIM": "", "SIM without d_psi": "--method kernel", "drifting": "--method drifting",
+    "lr of psi 3 x g's": "--lr-psi 0.006", "5 psi updates": "--psi-updates 5",
+    "SiDA": "--method sida", "RealUID": "--method realuid", "Uni-Instruct, KL": "--method uni",
+    "reward, 0.01": "--method reward --reward 0.01", "reward, 0.1": "--method reward",
+    "SIM, 2 evaluations": "--method few", "SIM, 4 evaluations": "--method few --segments 4"}
+B10, KARRAS = "--p-mean -3.5 --p-std 2.5", "--p-theta karras"
+TIMES = {f"{times}, {weight}": f"{flags} --weight {weight}".strip()
+         for times, flags in (("ring's times", ""), ("(B.10)", B10), ("Karras", KARRAS))
+         for weight in ("nowgt", "sidwgt")}
+TIMES_OF_SID = {f"SiD: {label}": f"--method sid {flags}" for label, flags in TIMES.items()}
+TABLE_4 = {
+    "l2": "--distance l2", "power, alpha = 4": "--distance power", "exp": "--distance exp",
+    "l1": "--distance l1", "smoothl1": "--distance smoothl1", "huber": "--distance huber",
+    "Pseudo-Huber, c = 1": "--distance phuber,c=1",
+    "Pseudo-Huber, c = 0.1": "--distance phuber,c=0.1",
+    "Pseudo-Huber, c = 0.01": "--distance phuber,c=0.01", "Pseudo-Huber, c = 0.001": "",
+    "Pseudo-Huber, c = 0.0001": "--distance phuber,c=0.0001"}
 WRONG = {"SIM": "", "d' detached": "--method d_prime_detached",
          "d_q detached": "--method d_q_detached",
          "d(y) back-propagated": "--method d_backpropagated"}
@@ -91,6 +107,8 @@ def figure_2(**rates):
 
 STUDIES = {
     "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
+    "times": Study(*TOY, {"SIM": TIMES, "SiD": TIMES_OF_SID}, samples=True),
+    "distances": Study(*TOY, {"distances": TABLE_4}, samples=True),
     "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),
     "teachers": Study(*TOY, {"teachers": TEACHERS}, samples=True),
     "t-star": Study(*TOY, {"t*": T_STARS}, samples=True),
@@ -217,7 +235,9 @@ def draw_samples(study, path):
         x = neighbours.sampler_of(meta)(g, z, t_star)
         stopped = "" if (folder / "metrics.json").exists() else f" (stopped at {meta['step']})"
         panels.append(toy.panel(mixture, x, label + stopped))
-    columns = max(n for n in range(1, 7) if len(panels) % n == 0)
+    columns = math.ceil(len(panels) / math.ceil(len(panels) / 6))  # at most 6, and rows alike
+    while len(panels) % columns:
+        panels.append(Image.new("RGB", panels[0].size, "white"))
     images = torch.stack([torch.from_numpy(np.array(v)).permute(2, 0, 1) for v in panels])
     save_picture(image_grid(images, columns), path)
 

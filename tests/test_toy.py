@@ -52,6 +52,13 @@ def test_theorem_fails_under_autograd_for_l1_on_any_grid():
     assert min(errors) > 0.03 and abs(errors[0] - errors[1]) < 0.01
 
 
+@pytest.mark.parametrize(("t", "expected"), [(0.5, 0.320), (1.0, 0.153), (2.5, 0.077)])
+def test_how_far_the_frozen_gradient_is_from_the_whole_one(t, expected):
+    """The numbers of another script, which differentiates both integrals as wholes."""
+    found = toy.theorem_error(t, "VE", "denoiser", DISTANCES["l2"](), 2, 141, moving=True)
+    assert found == pytest.approx(expected, abs=6e-4)
+
+
 @pytest.mark.parametrize("variant", toy.WRONG)
 @pytest.mark.parametrize("t", [0.5, 1.0, 2.5])
 def test_negative_controls(variant, t):
@@ -66,11 +73,11 @@ def test_the_sides_of_the_theorem_differ_for_another_teacher():
 
 def test_theorem_rows(monkeypatch, capsys):
     """All forms and controls are in the table, and a score's scale goes with it."""
-    monkeypatch.setattr(toy, "theorem_error", lambda *args: 0.0)
+    monkeypatch.setattr(toy, "theorem_error", lambda *args, moving: 0.0)
     rows = toy.theorem()
     have = lambda *keys: {tuple(row[key] for key in keys) for row in rows}
     assert have("process", "space") == {("VE", "denoiser"), ("VE", "score"), ("VP", "score")}
-    assert have("variant") == {("theorem",), *[(name,) for name in toy.WRONG]}
+    assert have("variant") == {("theorem",), ("whole_gradient",), *[(name,) for name in toy.WRONG]}
     assert have("t") == {(0.5,), (1.0,), (2.5,)} and have("distance") == {(d,) for d in DISTANCES}
     c, s = [row["params"]["c"] for row in rows if row["distance"] == "phuber" and row["dim"] == 2
             and (row["process"], row["t"]) == ("VP", 2.5)][0], 2.5 * (1 + 2.5**2)**-0.5

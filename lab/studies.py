@@ -107,6 +107,7 @@ def figure_2(**rates):
 
 STUDIES = {
     "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
+    "after-the-paper": Study(*TOY, {"after the paper": AFTER}, samples=True),
     "times": Study(*TOY, {"SIM": TIMES, "SiD": TIMES_OF_SID}, samples=True),
     "distances": Study(*TOY, {"distances": TABLE_4}, samples=True),
     "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),

@@ -129,6 +129,10 @@ MUTATIONS = {
         "IS: splits off by one": "(<<(index + 1) => index>> * SPLITS<< - 1 => >>) // n",
         "KID: a kernel of degree 2": "/ a.shape[1] + 1)**<<3 => 2>>",
         "precision: the second neighbour": "centres, k=<<3 => 2>>)"},
+    "lab/neighbours.py  tests/test_neighbours.py -k 'reward or realuid or uni'": {
+        "reward: the sign": "self.d_psi) <<- => +>> self.args.reward",
+        "RealUID: data scaled as samples": "1 - self.alpha, 1 - <<self.beta => self.alpha>>)",
+        "Uni-Instruct: 1 / t^2": "loss / (t**<<3 => 2>> * density)"},
     "lab/neighbours.py  tests/test_neighbours.py -k 'detached or add or loss or hand or flow_as'": {
         "CD: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, h",
         "CT: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, d",

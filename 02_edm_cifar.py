@@ -409,6 +409,7 @@ def compare_with_teacher(d_q, path, n=1000):
     project = lambda x: (x.cpu().flatten(1) @ directions).sort(dim=0)[0]
     theirs, others = [project(x) for x in images.split(n)]
     known = {"sw2_teacher": sliced_w2(others, theirs), "n": n}
+    print(f"the floor of sw2, of other samples of the teacher: {known['sw2_teacher']:.4g}")
     return Examiner(lambda x, labels: {"sw2": sliced_w2(project(x), theirs)}, n, n, known)
 
 
@@ -439,12 +440,13 @@ def import_teacher(name):
         require(isinstance(net, nn.Module), f"a {type(net).__name__} is no torch module")
         require({w.dtype for w in net.parameters()} == {torch.float32}, "weights not in float32")
         require(len(net.image_shape) == 3 and net.label_dim >= 0, "its image_shape or label_dim")
-        x = torch.zeros(1, *net.image_shape, requires_grad=True)
-        y = bind_labels(net.eval(), torch.zeros(1, net.label_dim))(x, torch.ones(1, 1, 1, 1))
+        x = torch.zeros(2, *net.image_shape, requires_grad=True)
+        t = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)  # two, for a batch has many noise levels
+        y = bind_labels(net.eval(), torch.zeros(2, net.label_dim))(x, t)
         require(y.shape == x.shape, f"x {tuple(x.shape)} becomes {tuple(y.shape)}")
         require(y.isfinite().all(), "its output is not finite")
-        require(y.requires_grad and torch.autograd.grad(y.sum(), x)[0].any(),
-                "no gradient flows from its output to its input")
+        slope = torch.autograd.grad(y.sum(), x, allow_unused=True)[0] if y.requires_grad else None
+        require(slope is not None and slope.any(), "no gradient flows from its output to its input")
     return net.requires_grad_(False)
 
 

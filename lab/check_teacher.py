@@ -43,7 +43,8 @@ def check_large_noise(d_q, labels):
     y = denoise(d_q, t * eps, t, labels)
     require(y.isfinite().all(), f"the output at t = {t:g} is not finite")
     follows = correlation(y, eps)
-    for kind, sign, size in (("a network that predicts eps", 1, 1), ("a score", -1, 1 / t)):
+    for kind, sign, size in (("a network that predicts eps, or a flow's velocity", 1, 1),
+                             ("a score", -1, 1 / t), ("a score of a VP process", -1, 1)):
         require(sign * follows < 0.9 or not 0.7 < y.std() / size < 1.4, f"at t = {t:g} the output "
                 f"is the noise times {sign * size:.2g} (correlation {follows:.2f}): {kind}; "
                 "lab/wrappers.py makes a denoiser of it")
@@ -65,7 +66,7 @@ def errors(d_q, x_0, labels):
             follows = correlation(y - x_0, x_t - x_0)
             require(rows[0][1] < 0.5, f"at t = {t:.2g} the output is {rows[0][1]:.1f} variances "
                     f"from the image (its correlation with the noise is {follows:.2f}): expected "
-                    "the image itself. If the network predicts v, use lab/wrappers.py")
+                    "the image itself. If the network predicts v or a score, use lab/wrappers.py")
     return rows
 
 
@@ -96,9 +97,14 @@ def report(args, x_0, rows):
     if (largest := some.quantile(0.999).item()) > 1.5:
         print(f"stage 2 expects [-1, 1]: divide by {largest:.2g} "
               "(scale= of lab/wrappers.py); do not shift a background away from 0")
+    if x_0.mean().abs() > 2 * x_0.std():
+        print(f"these data are far from centred: shift by {x_0.mean():.2g} first (shift=)")
     print("t         error / variance   bf16's error / variance")
     for t, error, rounded in rows:
         print(f"{t:<9.3g} {error:<18.3g} {rounded:.2g}")
+    if (worst := rows[-1][1]) > 2:
+        print(f"at the largest t the error is {worst:.2g} variances, and the mean of the data "
+              "would have 1: no denoiser, or one that was not trained there (keep --t-max)")
     safe = all(rounded < 0.01 * error for _, error, rounded in rows)
     print("--amp bf16 adds less than a hundredth to these errors" if safe else
           "--amp bf16 is not safe: its rounding is more than a hundredth of the error")

@@ -11,6 +11,7 @@ or, if label_dim > 0, as net(input, time, one_hot), with time of shape (B,). Bel
 image in the network's own units, u = u_0 + t eps with t (B, 1, 1, 1); tau is the network's time.
 A folder of diffusers needs no class: `return diffusers_unet("google-ddpm-cifar10-32")`.
 """
+import json
 import sys
 from pathlib import Path
 
@@ -122,6 +123,9 @@ def diffusers_unet(folder, **options):
         for path, file in zip(parts, ("config.json", "scheduler_config.json")):
             require((path / file).exists(), f"no {path / file}")
         unet = UNet2DModel.from_pretrained(parts[0], local_files_only=True)
+        name = json.loads((parts[1] / "scheduler_config.json").read_text())["_class_name"]
+        require(name in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
+                f"a {name}: expected a DDPM, DDIM or PNDM scheduler")
         schedule = DDPMScheduler.from_pretrained(parts[1], local_files_only=True)
         sides = unet.config.sample_size
         height, width = (sides, sides) if isinstance(sides, int) else sides

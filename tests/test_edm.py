@@ -56,6 +56,16 @@ def test_names_and_shapes_of_the_published_checkpoints(name):
     assert net.image_shape == (3, 32, 32) and net.label_dim == (10 if "-cond-" in name else 0)
 
 
+@pytest.mark.parametrize("preset, params", [("uncond", 61.8), ("uncond-ve", 62.8)])
+def test_networks_of_64_pixels(preset, params):
+    """EDM's FFHQ and AFHQv2 at 64x64: the CIFAR networks with one level more, and their sizes."""
+    with torch.device("meta"):
+        net = edm.make_unet(**edm.CIFAR[preset] | {"img_resolution": 64,
+                                                   "channel_mult": (1, 2, 2, 2)})
+        assert net(torch.randn(2, 3, 64, 64), torch.ones(2)).shape == (2, 3, 64, 64)
+    assert round(sum(w.numel() for w in net.parameters()) / 1e6, 1) == params
+
+
 @pytest.mark.parametrize("dtype, bits, limit", [(torch.float32, "f32", 1e-5),
                                                 (torch.float64, "f64", 1e-10)])
 @torch.no_grad()
@@ -601,11 +611,30 @@ constant, detached = lambda: returning(torch.zeros_like), lambda: returning(torc
 infinite = lambda: returning(lambda x: x / 0)
 
 
+class Needy(Foreign):
+    """It wants a class, and says that it has none."""
+    def forward(self, x, t, class_labels):
+        return x
+
+
+class OneTime(Foreign):
+    """It takes one noise level for the whole batch."""
+    def forward(self, x, t):
+        return x / t.item()
+
+
+class Detached(Foreign):
+    """Its output depends on its weights, and not on its input."""
+    def forward(self, x, t):
+        return x.detach() * next(self.parameters()).sum()
+
+
 @pytest.mark.parametrize("name, text", [
     ("number", "a int is no torch module"), ("half", "not in float32"), ("failing", "two"),
     ("shapeless", "image_shape"), ("no_such_function", "no_such_function"),
-    ("cropping", "(1, 3, 8, 8) becomes (1, 1, 8, 8)"), ("pair", "tuple"),
-    ("constant", "no gradient"), ("detached", "no gradient"), ("infinite", "not finite")])
+    ("cropping", "(2, 3, 8, 8) becomes (2, 1, 8, 8)"), ("pair", "tuple"),
+    ("constant", "no gradient"), ("detached", "no gradient"), ("infinite", "not finite"),
+    ("Needy", "class_labels"), ("OneTime", "2 elements"), ("Detached", "no gradient")])
 def test_wrong_teachers_of_the_users_own(name, text, tmp_path, refused):
     line = refused(edm.main, [*SHORT, "--teacher", f"{__name__}:{name}", "--out", tmp_path / "run"])
     assert text in line and "expected a function that returns a denoiser" in line

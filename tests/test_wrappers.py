@@ -113,8 +113,10 @@ def test_a_teacher_of_diffusers(kind, tmp_path, monkeypatch, refused):
                                  up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     schedule = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=kind,
                                        clip_sample=False)
-    unet.save_pretrained(tmp_path / "unet")
-    schedule.save_pretrained(tmp_path / "scheduler")
+    # A pipeline's layout, or, as google/ddpm-cifar10-32 has it, all in one folder.
+    parts = ("unet", "scheduler") if kind == "epsilon" else ("", "")
+    unet.save_pretrained(tmp_path / parts[0])
+    schedule.save_pretrained(tmp_path / parts[1])
     net = wrappers.diffusers_unet(tmp_path)
     assert net.image_shape == (1, 8, 8) and net.label_dim == 3
     for step in (5, 400, 900):
@@ -130,6 +132,9 @@ def test_a_teacher_of_diffusers(kind, tmp_path, monkeypatch, refused):
               "none", "--device", "cpu", "--out", str(tmp_path / "run")])
     with pytest.raises(UserError, match="expected a local folder of diffusers"):
         wrappers.diffusers_unet(tmp_path / "run")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / parts[1])
+    with pytest.raises(UserError, match="expected a DDPM, DDIM or PNDM scheduler"):
+        wrappers.diffusers_unet(tmp_path)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     line = refused(edm.main, ["--teacher", f"{__name__}:from_diffusers"])
     assert "pip install diffusers" in line
@@ -153,19 +158,30 @@ def unwrapped(kind):
                 u_0 = 0.25 * x / (0.25 + t**2)
                 eps, a = (x - u_0) / t, 1 / (1 + t**2).sqrt()
                 return self.one * {"x_0": u_0, "eps": eps, "score": -eps / t,
-                                   "v": a * eps - a * t * u_0}[kind]
+                                   "v": a * eps - a * t * u_0, "score_of_vp": -eps,
+                                   "identity": x}[kind]
         return Net()
     return function
 
 
-denoiser, eps, score, v = [unwrapped(kind) for kind in ("x_0", "eps", "score", "v")]
+denoiser, eps, score, v, score_of_vp, identity = [
+    unwrapped(kind) for kind in ("x_0", "eps", "score", "v", "score_of_vp", "identity")]
 
 
 @pytest.mark.parametrize("kind, text", [("eps", "a network that predicts eps"), ("v", "predicts v"),
-                                        ("score", "a score"), ("missing", "missing")])
+                                        ("score", "a score"), ("missing", "missing"),
+                                        ("score_of_vp", "a score of a VP process")])
 def test_what_is_no_denoiser_is_named(kind, text, tmp_path, refused):
     line = refused(check.main, [f"{__name__}:{kind}", "--n", 64, "--out", tmp_path / "x.png"])
     assert text in line
+
+
+def test_where_a_teacher_is_worse_than_the_mean_is_said(tmp_path, capsys):
+    """The identity is right at small t, and no denoiser."""
+    check.main([f"{__name__}:identity", "--n", "16", "--out", str(tmp_path / "x.png")])
+    assert "the mean of the data would have 1" in capsys.readouterr().out
+    check.main([f"{__name__}:denoiser", "--n", "16", "--out", str(tmp_path / "x.png")])
+    assert "the mean of the data would have 1" not in capsys.readouterr().out
 
 
 def test_a_page_about_a_teacher(tmp_path, capsys):

@@ -516,7 +516,8 @@ def one_line_errors(main):
                 raise
             message, status = "error: out of memory: try a smaller --batch-gpu, --batch or --n", 2
         except KeyboardInterrupt as stop:
-            message, status = f"stopped: {str(stop) or 'what was saved is kept'}", 130
+            kept = "what was saved is kept, and the same command goes on from there"
+            message, status = f"stopped: {str(stop) or kept}", 130
         if os.environ.get("RANK", "0") != "0":  # torchrun ends this rank if the first one fails too
             time.sleep(5)
         print(message, file=sys.stderr)
@@ -576,7 +577,7 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--distance", type=distance_type, default="phuber",
         help=f"d of (3.3): {', '.join(DISTANCES)}; with parameters as in phuber,c=0.01")
     add("--weight", choices=("own", *WEIGHTS), default="own",
-        help="of g's loss; SiD's own is sidwgt (B.11), others' nowgt")
+        help="of g's loss; own is sidwgt (B.11) with --method sid, and else nowgt")
     add("--sid-alpha", type=real, help="SiD's alpha; 1.2 on CIFAR-10")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, help="updates of the generator")
@@ -679,7 +680,7 @@ def load_saved(path):
     """What torch.save wrote, on the CPU. Nothing in the file is executed. UserError unless the file
     is as it was written, by the sums that torch.save stores and torch.load ignores, and holds what
     it declares: no record is compressed, and no tensor repeats its numbers."""
-    require(Path(path).is_file(), "it is no file")
+    require(Path(path).is_file(), "there is no such file")
     size = Path(path).stat().st_size
     if zipfile.is_zipfile(path):  # torch's older format is none
         with zipfile.ZipFile(path) as file:
@@ -863,6 +864,7 @@ class Run:
                 raise KeyboardInterrupt(f"step {self.step} is saved in {self.folder}; "
                                         "the same command goes on from there")
         self.bar.close()
+        print("all updates are done: what follows measures the result", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # for what follows the training
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -896,14 +898,17 @@ class Run:
         """A line of log.jsonl and of the screen: the means of what was collected, then `values`."""
         means = {name: total / number for name, (total, number) in self.values.items()}
         rate = (self.step - self.written_step) / max(self.paused - self.written, 1e-9)
-        seconds_a_step = (time.monotonic() - self.begun) / max(self.step - self.first_step, 1)
         line = {"step": self.step, **means, **values, "images": self.step * self.args.batch,
-                "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1),
-                "eta": round(seconds_a_step * (self.args.steps - self.step))}
+                "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1)}
+        done, to_go = self.step - self.first_step, ""
+        if done:  # the first line has no update to judge by
+            seconds_a_step = (time.monotonic() - self.begun) / done
+            line["eta"] = round(seconds_a_step * (self.args.steps - self.step))
+            to_go = f"  {line['eta']} s to go"
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         text = "  ".join(f"{key} {value:.4g}" for key, value in (means | values).items())
-        tqdm.write(f"step {self.step}/{self.args.steps}  {text}  {line['eta']} s to go")
+        tqdm.write(f"step {self.step}/{self.args.steps}  {text}{to_go}")
         sys.stdout.flush()
         self.values, self.written_step, self.written = {}, self.step, time.monotonic()
 

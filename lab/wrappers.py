@@ -25,7 +25,7 @@ from torch import nn
 
 class Wrapper(nn.Module):
     """What all wrappers share. The network knows data u_0 = scale x_0 + shift, where x_0 is what
-    stage 2 sees, with a standard deviation of about 0.5, and near 0 where there is nothing. In the
+    stage 2 sees, within about [-1, 1], and near 0 where there is nothing. In the
     units of x_0: image_range is shown as black and white; the sampler starts at the upper end of
     sigma_range, and its last step but one is the lower end."""
     def __init__(self, net, image_shape, label_dim=0, scale=1.0, shift=0.0, image_range=(-1, 1),

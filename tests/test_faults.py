@@ -188,7 +188,7 @@ def test_a_pipe_in_the_place_of_a_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "x.pt")
     load_judge = lambda path: edm.load_judge(path, (1, 8, 8))
     for read in (edm.load_denoiser, t2i.load_pipeline, load_judge):
-        with pytest.raises(UserError, match="x.pt cannot be used .it is no file"):
+        with pytest.raises(UserError, match="x.pt cannot be used .there is no such file"):
             read(tmp_path / "x.pt")
 
 

@@ -475,13 +475,13 @@ def bind_labels(net, labels, amp="none"):
 
 
 @torch.no_grad()
-def sample_one_step(g, t_star, z, labels, batch=500):
+def sample_one_step(g, t_star, z, labels, batch=200):
     """(B.4): z (N, C, H, W) standard normal, labels (N, label_dim) -> images (N, C, H, W)"""
     t, pairs = z.new_full((1, 1, 1, 1), t_star), zip(z.split(batch), labels.split(batch))
     return torch.cat([bind_labels(g, c)(t * z, t) for z, c in pairs])
 
 
-def sample_teacher(net, z, labels, num_steps=18, batch=500):
+def sample_teacher(net, z, labels, num_steps=18, batch=200):
     """The same by Heun's method: 2 num_steps - 1 evaluations of the teacher, 35 unless given. A
     teacher may have another span of noise levels than EDM's, as its attribute sigma_range."""
     pairs, span = zip(z.split(batch), labels.split(batch)), {}
@@ -573,8 +573,9 @@ def prepare(args, folder, d_q, facts):
     return Run(args, folder, facts, parts["g_ema"], net_args, **parts)
 
 
-def distil(args, run, d_q, examiner):
-    """Train, with looks at the generator; then teacher and one step side by side."""
+def distil(args, run, d_q, examiner, train=train, sample=sample_one_step):
+    """Train, with looks at the generator; then teacher and one step side by side. A script of lab/
+    brings other functions."""
     if not examiner and args.judge != "none" and run.is_first:
         examiner = compare_with_teacher(d_q, run.folder / "teacher_samples.pt")
     for net in (run.d_psi, run.g, d_q) if args.compile else ():
@@ -582,7 +583,7 @@ def distil(args, run, d_q, examiner):
     classes, shape, device = d_q.label_dim, d_q.image_shape, next(d_q.parameters()).device
     by_rows = [row % classes for row in range(10) for _ in range(8)] if classes else None
     shown = [v.to(device) for v in draw_latents(range(80), shape, classes, by_rows)]
-    one_step = partial(sample_one_step, run.g_ema, args.t_star)
+    one_step = partial(sample, run.g_ema, args.t_star)
 
     def examine(n):
         z, labels = [v.to(device) for v in draw_latents(range(n), shape, classes)]

@@ -692,10 +692,11 @@ def draw_batch(args, d_q, captions, phase, random):
         yield z, t, eps, pad([captions[k] for k in prompt.cpu()], d_q.tokens, random.device)
 
 
-def train(args, d_q, captions, run, evaluate):
-    """Algorithm 2. d_q is guided and frozen (load_frozen); d_psi and g started without guidance."""
+def train(args, d_q, captions, run, evaluate, more=()):
+    """Algorithm 2. d_q is guided and frozen (load_frozen); d_psi and g started without guidance.
+    `more` are methods of a script of lab/."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
-    generator_loss, distance = make_generator_loss(args)
+    generator_loss, distance = make_generator_loss(args, more)
     weight_psi = lambda_edm if args.weight_psi == "edm" else torch.ones_like
     draw = partial(draw_batch, args, d_q, captions)
     bind = lambda net, cond: as_denoiser(net, args.amp, *cond)  # -> (x_t, t) -> denoised
@@ -743,7 +744,7 @@ def prepare(args, folder, pipeline, facts):
     return Run(args, folder, facts, generator, net_args, **parts)
 
 
-def distil(args, run, d_q, captions, test):
+def distil(args, run, d_q, captions, test, train=train):
     """Train, with looks at the generator; then teacher and one step side by side."""
     for net in (run.d_psi, run.g, d_q.net):
         net.model.checkpointing = args.checkpointing
@@ -785,7 +786,8 @@ def sample(args, device):
     """--sample: --n images for each prompt, from seed, seed + 1, ...; the teacher's where asked."""
     prompts = (args.prompt or []) + (read_prompts(args.prompt_file) if args.prompt_file else [])
     texts = [prompt for prompt in prompts if prompt.strip() for _ in range(args.n)]
-    require(texts, "--sample needs a text: --prompt 'a large red ring on a blue background'")
+    require(texts, "--sample needs a text: --prompt 'a large red ring on a blue "
+            "background', or --prompt-file FILE")
     options = {"t5": args.t5, "vae": args.vae, "prefer_ema": args.prefer_ema}
     pipeline, t_star, meta = load_pipeline(args.sample, device, **options)
     g, sets = pipeline.net, {}

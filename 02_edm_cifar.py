@@ -630,9 +630,11 @@ def summarise(run, **figures):
 
 
 # ---- Without training ----
-def sample(args, device):
+def sample(args, device, one_step=sample_one_step):
     """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs."""
     g, t_star, meta = load_denoiser(args.sample, args.teacher)
+    require(meta.get("segments", 1) == 1 or one_step is not sample_one_step,
+            f"{args.sample} takes several evaluations: lab/neighbours_images.py draws its samples")
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     seeds, sets = range(args.seed, args.seed + args.n), {}
@@ -649,7 +651,7 @@ def sample(args, device):
     out = sample_path(args, args.sample)
     if args.teacher_sample:
         sets["teacher"] = sample_teacher(d_q, z, labels)
-    sets["one_step"] = sample_one_step(g.to(device), args.t_star or t_star, z, labels)
+    sets["one_step"] = one_step(g.to(device), args.t_star or t_star, z, labels)
     values = {f"{name}_values": x.cpu() for name, x in sets.items()}  # (N, C, H, W), as drawn
     sets = {name: on_screen(g, x) for name, x in sets.items()}
     draw = partial(picture, [*sets.values()], rows=math.ceil(args.n**0.5))
@@ -664,8 +666,8 @@ def class_list(text):
     return [int(word) for word in text.split(",")]
 
 
-def stage_parser():
-    parser = make_parser(__doc__, images=True, **PRESETS["fashion"])
+def stage_parser(doc=__doc__, methods=()):
+    parser = make_parser(doc, methods, images=True, **PRESETS["fashion"])
     add = parser.add_argument_group("stage 2").add_argument
     add("--teacher", default="fashion", help=f"fashion (embedded), {', '.join(CIFAR)} (NVIDIA's "
         "CIFAR-10, 223 MB to download), a .pkl or .pt file, a run, or package.module:function")

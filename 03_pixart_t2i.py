@@ -820,8 +820,8 @@ def sample(args, device):
 
 
 # ---- The command line ----
-def stage_parser():
-    parser = make_parser(__doc__, images=True, **PRESETS["miniature"])
+def stage_parser(doc=__doc__, methods=()):
+    parser = make_parser(doc, methods, images=True, **PRESETS["miniature"])
     add = parser.add_argument_group("stage 3").add_argument
     add("--teacher", default="auto", help="auto, miniature (embedded), pixart (in checkpoints/), a "
         "run, a .pt of ours, a .pth, or a folder of diffusers")
@@ -842,14 +842,9 @@ def stage_parser():
     return parser
 
 
-@one_line_errors
-def main(argv=None):
-    parser = stage_parser()
+def distil_by_command(parser, argv, device, more=(), test=Test):
+    """What main does without --sample. A script of lab/ brings `more` methods and another test."""
     args = parser.parse_args(argv)
-    device = pick_device(args.device, args.tf32)
-    if args.sample:
-        parser.set_defaults(t_star=None, guidance=None)  # those in the file
-        return sample(parser.parse_args(argv), device)
     require(not (args.prompt or args.prompt_file or args.latents or args.teacher_steps),
             "--prompt, --prompt-file, --latents and --teacher-steps belong to --sample RUN")
     pipeline, meta, facts = load_teacher(args.teacher, device, args.t5, args.vae, args.prefer_ema)
@@ -866,7 +861,19 @@ def main(argv=None):
     run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
         d_q = Guided(pipeline.net, args.guidance, blank)
-        distil(args, run, d_q, captions, Test(pipeline, prompts, captions, meta))
+        test = test(pipeline, prompts, captions, meta)
+        distil(args, run, d_q, captions, test, partial(train, more=more))
+
+
+@one_line_errors
+def main(argv=None):
+    parser = stage_parser()
+    args = parser.parse_args(argv)
+    device = pick_device(args.device, args.tf32)
+    if args.sample:
+        parser.set_defaults(t_star=None, guidance=None)  # those in the file
+        return sample(parser.parse_args(argv), device)
+    distil_by_command(parser, argv, device)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,21 @@ MUTATIONS = {
         "reward: the sign": "self.d_psi) <<- => +>> self.args.reward",
         "RealUID: data scaled as samples": "1 - self.alpha, 1 - <<self.beta => self.alpha>>)",
         "Uni-Instruct: 1 / t^2": "loss / (t**<<3 => 2>> * density)"},
+    "lab/neighbours.py  tests/test_neighbours.py -k 'sida or cd_with or dmd or few'": {
+        "SiDA: g pleases nobody": "self.gan(x_0, <<self.logits => -self.logits>>)\n\n\n",
+        "SiDA: the GAN counts once": "self.weight<< * x[0].numel() => >> *",
+        "several steps: the noise is z": "manual_seed(<<2**32 - 1 => 0>>)",
+        "few: always the last step": "<<torch.randint(self => (lambda n, *_, **k: torch.tensor("
+                                     "n - 1))(self>>.args.segments, (), **",
+        "DMD: no pairs": "DMDKL.theta(self)<< + DMDPairs.theta(self) => >>"},
+    "lab/neighbours_images.py  tests/test_neighbours.py -k 'on_images'": {
+        "images: always class 0": "F.one_hot(<<self.labels => 0 * self.labels>>, classes)",
+        "images: data of another class": "self.images[<<places => places.flip(0)>>]",
+        "images: SiDA at the first layer": "enc.values()][<<-1 => 0>>]",
+        "images: few sampled by one step": "equal_parts(t_star, <<segments => 1>>)"},
+    "lab/reward_t2i.py  tests/test_t2i.py -k 'reward'": {
+        "stage 3's reward: the sign": "return loss <<- => +>> scale",
+        "stage 3's reward: a preset's method": '<<["--method", "reward", *typed] => typed>>'},
     "lab/neighbours.py  tests/test_neighbours.py -k 'detached or add or loss or hand or flow_as'": {
         "CD: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, h",
         "CT: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, d",

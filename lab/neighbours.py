@@ -1,7 +1,9 @@
 """Other ways to one and few steps, in stage 1's frame: the same networks, and as many updates.
 
-    python lab/neighbours.py --method dmd              also add, cd, ct, mcm and pagoda
-    python lab/neighbours.py --method few              later: kernel, drifting, reward, sida, ...
+    python lab/neighbours.py --method dmd      also add, cd, ct, mcm, pagoda, and with one change
+                                               dmd_kl, dmd_pairs, cd_steps
+    python lab/neighbours.py --method few      after SIM: also drifting, realuid, reward, sida, uni;
+                                               and kernel, which is ours
     python lab/neighbours.py --method mcm --segments 2
     python lab/neighbours.py --method sim --teacher flow
     python lab/neighbours.py --sample runs/ring-exact-dmd-phuber-0 --n 5000
@@ -63,10 +65,14 @@ def jump(denoise, x, t, b):
     return x_0 + b / t * (x - x_0)
 
 
+def segment_starts(t_star, segments):
+    """-> the times, from t* on, at which the segments of the flow begin."""
+    return sampling_times(STEPS * segments + 1, sigma_max=t_star)[::STEPS][:segments]
+
+
 def few_steps(g, z, t_star, segments=1):
     """Standard normal z (B, 2) -> samples, by `segments` evaluations of g; one is (B.4)."""
-    starts = sampling_times(STEPS * segments + 1, sigma_max=t_star)[::STEPS][:segments]
-    x = t_star * z
+    starts, x = segment_starts(t_star, segments), t_star * z
     for t, b in zip(starts, [*starts[1:], 0.0]):
         x = jump(g, x, t, b)
     return x
@@ -82,11 +88,13 @@ class Neighbour:
         self.d_psi, self.g = run.d_psi, run.g
         self.begin(args.steps)  # for what is drawn once, which shares its numbers with no update
 
+    def device(self):
+        return self.mixture.means.device
+
     def begin(self, step):
         """What is drawn from now on depends on the seed and on `step` alone."""
-        device = self.mixture.means.device
-        self.step = step
-        self.where = {"device": device, "generator": seed_step(self.args.seed, step, device)}
+        random = seed_step(self.args.seed, step, self.device())
+        self.step, self.where = step, {"device": self.device(), "generator": random}
 
     def normal(self):
         return torch.randn(self.args.batch, 2, **self.where)
@@ -94,9 +102,9 @@ class Neighbour:
     def data(self, batches=1):
         return self.mixture.sample(batches * self.args.batch, self.where["generator"])
 
-    def time(self):
-        """The noise levels (B, 1) of stage 1's updates of g."""
-        return draw_times(self.args, "theta", (self.args.batch, 1), **self.where)
+    def time(self, phase="theta"):
+        """The noise levels (B, 1) of stage 1's updates of g, or of d_psi."""
+        return draw_times(self.args, phase, (self.args.batch, 1), **self.where)
 
     def generate(self, z):
         return toy.one_step(self.g, z, self.args.t_star)
@@ -118,8 +126,7 @@ class Neighbour:
 class Matching(Neighbour):
     """SIM as stage 1 trains it, for the methods that change one thing of it."""
     def psi(self):
-        x_0 = self.generate(self.normal())
-        t = draw_times(self.args, "psi", (len(x_0), 1), **self.where)
+        x_0, t = self.generate(self.normal()), self.time("psi")
         return dsm_loss(self.d_psi, x_0, t, self.normal())
 
     def theta(self):
@@ -135,9 +142,10 @@ class CD(Neighbour):
     teacher leads x_t to x_s in one Heun step. The second f is detached and has no EMA. f(x, t) is
     jump(g, x, t, b) to the end b of all times, so that f(x, b) = x [8].
 
-    In mcm, multistep consistency (Heek et al. 2024), b is the end of t's segment [52]."""
+    In mcm, multistep consistency (Heek et al. 2024), b is the end of t's segment [52]. cd_steps is
+    CD, sampled by several evaluations: Song et al. 2023, Algorithm 1."""
     def theta(self):
-        steps = STEPS * self.args.segments
+        steps = STEPS * (self.args.segments if self.args.method == "mcm" else 1)
         grid, i = self.grid(steps), torch.randint(steps, (self.args.batch, 1), **self.where)
         t, s, b = grid[i], grid[i + 1], grid[(i // STEPS + 1) * STEPS]
         x_t = diffuse(self.data(), t, self.normal())
@@ -164,20 +172,31 @@ class CT(Neighbour):
         return phuber(0.00054 * x_0.shape[1]**0.5).d(y) / (t - s).flatten()
 
 
-class DMD(Matching):
-    """Distribution matching distillation (Yin et al. 2024): the gradient of the KL divergence [63]
-    with the weight sidwgt, and 0.25 |g(z) - x|^2, where x is the end of the teacher's flow from z.
-    The pairs (z, x) are made once. d_psi learns as in SIM [66]."""
+class DMDKL(Matching):
+    """The gradient of the KL divergence [63] with the weight sidwgt: one of DMD's two terms."""
+    def theta(self):
+        x_0, t = self.generate(self.normal()), self.time()
+        return di_loss(self.d_psi, self.d_q, x_0, t, self.normal(), sidwgt)[0]
+
+
+class DMDPairs(Neighbour):
+    """0.25 |g(z) - x|^2, where x is the end of the teacher's flow from z: DMD's other term. The
+    pairs (z, x) are made once."""
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.z = torch.cat([self.normal() for _ in range(10)])
         self.x = edm_sampler(self.d_q, self.z)
 
     def theta(self):
-        x_0, t = self.generate(self.normal()), self.time()
-        loss, _ = di_loss(self.d_psi, self.d_q, x_0, t, self.normal(), sidwgt)
         i = self.pick()
-        return loss + 0.25 * batch_sum((self.generate(self.z[i]) - self.x[i])**2)
+        return 0.25 * batch_sum((self.generate(self.z[i]) - self.x[i])**2)
+
+
+class DMD(DMDPairs, DMDKL):
+    """Distribution matching distillation (Yin et al. 2024): the sum of both terms. d_psi learns as
+    in SIM [66]."""
+    def theta(self):
+        return DMDKL.theta(self) + DMDPairs.theta(self)
 
 
 class ADD(Neighbour):
@@ -244,25 +263,33 @@ class Reward(Matching):
 
 
 class SiDA(Matching):
-    """SIM and a GAN without a network of its own (SiDA, arXiv 2410.14919): the mean of d_psi's last
-    hidden layer at x_t is the logit of "x_t comes from data". The weight 0.1 is ours."""
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.d_psi.model.layers[-1].register_forward_pre_hook(self.keep)
+    """SIM and a GAN without a network of its own (SiDA, arXiv 2410.14919): the mean of what a layer
+    inside d_psi returns for x_t is the logit of "x_t comes from data". As in the paper, the GAN's
+    loss counts once for each number of x, and so keeps pace with SIM's sum. The weight is ours."""
+    weight = 0.1
 
-    def keep(self, layer, inputs):
-        self.logits = inputs[0].mean(1)  # (B,), of the last call of d_psi
+    def __init__(self, args, mixture, d_q, run):
+        super().__init__(args, mixture, d_q, run)
+        self.inner_layer(run.d_psi).register_forward_hook(self.keep)
+
+    def inner_layer(self, d_psi):
+        return d_psi.model.layers[-2]  # the last hidden layer of a perceptron
+
+    def keep(self, layer, inputs, features):
+        self.logits = features.flatten(1).mean(1)  # (B,), of the last call of d_psi
+
+    def gan(self, x, logits):
+        return self.weight * x[0].numel() * F.softplus(-logits)  # -log of the probability
 
     def psi(self):
-        x_0, x = self.generate(self.normal()), self.data()
-        t = draw_times(self.args, "psi", (len(x_0), 1), **self.where)
-        loss = dsm_loss(self.d_psi, x_0, t, self.normal()) + 0.1 * F.softplus(self.logits)
+        x_0, x, t = self.generate(self.normal()), self.data(), self.time("psi")
+        loss = dsm_loss(self.d_psi, x_0, t, self.normal()) + self.gan(x_0, -self.logits)
         self.d_psi(diffuse(x, t, self.normal()), t)
-        return loss + 0.1 * F.softplus(-self.logits)
+        return loss + self.gan(x, self.logits)
 
     def theta(self):
-        loss = self.sim(self.generate(self.normal()), self.d_psi)
-        return loss + 0.1 * F.softplus(-self.logits)
+        x_0 = self.generate(self.normal())
+        return self.sim(x_0, self.d_psi) + self.gan(x_0, self.logits)
 
 
 class RealUID(Neighbour):
@@ -279,7 +306,7 @@ class RealUID(Neighbour):
         loss = 0.0
         for x, alpha, beta in ((self.generate(self.normal()), self.alpha, self.beta),
                                (self.data(), 1 - self.alpha, 1 - self.beta)):
-            t = draw_times(self.args, "psi", (len(x), 1), **self.where)
+            t = self.time("psi")
             x_t = diffuse(x, t, self.normal())
             loss += lambda_edm(t).flatten() * self.misfit(self.d_psi, x, x_t, t, alpha, beta)
         return loss
@@ -308,36 +335,51 @@ class Few(Matching):
     uniformly, and the steps before get no gradient."""
     def generate(self, z):
         steps = torch.randint(self.args.segments, (), **self.where).item() + 1
-        return renoised_steps(self.g, z, self.args.t_star, self.args.segments, steps, self.where)
+        times = equal_parts(self.args.t_star, self.args.segments)
+        return renoised_steps(self.g, z, times[:steps], self.where)
 
 
-def renoised_steps(g, z, t_star, segments, steps=None, where=None):
-    """Standard normal z (B, 2) -> samples of the first `steps` of `segments` evaluations of g, at
-    times that fall from t* in equal parts. The gradient is that of the last evaluation."""
-    x_0, noise = torch.zeros_like(z), z
-    where = where or {"device": z.device, "generator": torch.Generator(z.device).manual_seed(0)}
-    for i in range(steps or segments):
-        t = t_star * (1 - i / segments)
-        x_0 = g(x_0.detach() + t * noise, t)
-        noise = torch.randn(z.shape, **where)
+def equal_parts(t_star, segments):
+    return [t_star * (1 - i / segments) for i in range(segments)]
+
+
+def own_noise(device):
+    """-> where to draw the noise between the steps of a sample. The seed is one that nobody types:
+    from the seed of z would come z, once more, in the place of new noise."""
+    return {"device": device, "generator": torch.Generator(device).manual_seed(2**32 - 1)}
+
+
+def renoised_steps(g, z, times, where=None):
+    """Standard normal z (B, ...) -> samples, by an evaluation of g at each of the falling times.
+    Between two of them the sample gets new noise. The gradient is that of the last evaluation."""
+    x_0 = g(times[0] * z, times[0])
+    where = where or own_noise(z.device)
+    for t in times[1:]:
+        x_0 = g(diffuse(x_0.detach(), t, torch.randn(z.shape, **where)), t)
     return x_0
 
 
 def sampler_of(meta):
     """-> the function (g, z, t_star) that draws samples of a run, by what its file says."""
-    segments = int(meta.get("segments", 1))
+    segments, kind = int(meta.get("segments", 1)), meta.get("steps_of")
     require(0 < segments <= 1000, f"{segments} segments")
-    return partial(renoised_steps if meta.get("few") else few_steps, segments=segments)
+    require("few" not in meta, "a run of an older version: make the run anew")
+    if kind == "few":
+        return lambda g, z, t_star: renoised_steps(g, z, equal_parts(t_star, segments))
+    if kind == "cd_steps":
+        return lambda g, z, t_star: renoised_steps(g, z, segment_starts(t_star, segments))
+    return partial(few_steps, segments=segments)
 
 
-NEIGHBOURS = {"dmd": DMD, "add": ADD, "cd": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA,
+NEIGHBOURS = {"dmd": DMD, "dmd_kl": DMDKL, "dmd_pairs": DMDPairs, "add": ADD, "cd": CD,
+              "cd_steps": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA,
               "kernel": Kernel, "drifting": Drifting, "reward": Reward, "sida": SiDA,
               "realuid": RealUID, "uni": Uni, "few": Few}
 
 
-def train(args, d_q, run, evaluate, mixture):
+def train(args, d_q, run, evaluate, mixture, methods=NEIGHBOURS, looks=toy.LOOKS):
     """In the place of Algorithm 2: an update of the second network, if any, and one of g."""
-    neighbour = NEIGHBOURS[args.method](args, mixture, d_q, run)
+    neighbour = methods[args.method](args, mixture, d_q, run)
     for step in run.steps():
         neighbour.begin(step)
         fall = 1 - step / args.steps if args.anneal == "linear" else 1
@@ -353,7 +395,7 @@ def train(args, d_q, run, evaluate, mixture):
         loss_theta.mean().backward()
         update(run.opt_theta, args.lr * fall)
         ema_update(run.g_ema, run.g, ema_beta(step * args.batch, args.batch, args.ema_half_life))
-        if run.due(args.log_every, toy.LOOKS):
+        if run.due(args.log_every, looks):
             run.write(**evaluate())
 
 
@@ -398,20 +440,33 @@ def gaussian_figure(path):
 
 # ---- The command line ----
 FROM_NOISE = {"t_star": 80.0}
-PRESETS = {"cd": FROM_NOISE, "mcm": {"segments": 4, **FROM_NOISE}, "pagoda": FROM_NOISE,
+PRESETS = {"cd": FROM_NOISE, "cd_steps": {"segments": 2, **FROM_NOISE},
+           "mcm": {"segments": 4, **FROM_NOISE}, "pagoda": FROM_NOISE,
            "ct": {"pretrain_steps": 0, **FROM_NOISE},  # ct has no teacher to start from
            "few": {"segments": 2}}
-READ_ONLY_BY = {"mcm few": "segments",  # methods -> options that no other method reads
-                "sid": "sid_alpha", "reward": "reward",
-                "sim sid di": "weight psi_updates batch_gpu",
-                "sim sid di kernel reward sida few": "distance",
-                "sim sid di dmd add pagoda reward sida realuid uni few": "lr_psi",
-                "sim sid di dmd reward sida realuid uni few": "psi_mean psi_std",
-                "sim sid di dmd add kernel drifting reward sida realuid few": "p_theta",
-                "sim sid di dmd add kernel drifting reward sida realuid uni few": "p_mean p_std",
-                "sim sid di dmd add cd mcm pagoda kernel reward sida realuid uni few": "teacher",
-                "sim sid di dmd add cd mcm pagoda kernel drifting reward sida realuid uni few":
-                    "pretrain_steps"}
+FOLLOWED = "sim sid di dmd dmd_kl reward sida realuid few"  # by a d_psi that denoises g's samples
+TAUGHT = f"{FOLLOWED} uni dmd_pairs add cd cd_steps mcm pagoda kernel"
+READ_ONLY_BY = {  # methods -> options that no other method reads
+    "mcm few cd_steps": "segments", "sid": "sid_alpha", "reward": "reward",
+    "sim sid di": "weight psi_updates batch_gpu",
+    "sim sid di kernel reward sida few": "distance",
+    f"{FOLLOWED} uni": "psi_mean psi_std",
+    f"{FOLLOWED} uni add pagoda": "lr_psi",
+    f"{FOLLOWED} add kernel drifting": "p_theta",
+    f"{FOLLOWED} uni add kernel drifting": "p_mean p_std",
+    TAUGHT: "teacher", f"{TAUGHT} drifting": "pretrain_steps"}
+
+
+def refuse_unread(parser, args, read_only_by):
+    """An option that --method does not read is an error, so that nobody compares what the option
+    did not change. read_only_by is {methods: options that no other method reads}."""
+    defaults = parser.parse_args([])
+    for methods, names in read_only_by.items():
+        for name in names.split():
+            changed = getattr(args, name) != getattr(defaults, name)
+            if changed and args.method not in methods.split():
+                parser.error(f"--{name.replace('_', '-')} is not for --method {args.method}, "
+                             f"but for {methods.replace(' ', ', ')}")
 
 
 def sample(args):
@@ -423,22 +478,16 @@ def sample(args):
 
 
 def parse(argv):
-    """-> args. An option that --method does not read is an error, so that nobody compares what the
-    option did not change."""
+    """-> args, with the defaults of --method."""
     parser = make_parser(__doc__, NEIGHBOURS, **toy.RING)
     toy.add_toy_options(parser, teachers=("exact", "learned", "flow"))
     parser.add_argument("--segments", type=count, default=1,
-                        help="evaluations of g for a sample, 4 with --method mcm, 2 with few")
+                        help="evaluations of g for a sample: 4 with mcm, 2 with few and cd_steps")
     parser.add_argument("--reward", type=positive, default=0.1, help="lambda of --method reward")
     parser.add_argument("--gaussian", metavar="FILE", help="only draw section 5.3.1 of the notes")
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).method, {}))
-    args, defaults = parser.parse_args(argv), parser.parse_args([])
-    for methods, names in READ_ONLY_BY.items():
-        for name in names.split():
-            changed = getattr(args, name) != getattr(defaults, name)
-            if changed and args.method not in methods.split():
-                parser.error(f"--{name.replace('_', '-')} is not for --method {args.method}, "
-                             f"but for {methods.replace(' ', ', ')}")
+    args = parser.parse_args(argv)
+    refuse_unread(parser, args, READ_ONLY_BY)
     return args
 
 
@@ -458,7 +507,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     flow, mixture = args.teacher == "flow", toy.make_mixture(args.mixture, device)
     net = make_denoiser(flow).to(device)
-    steps = {"segments": args.segments, "few": args.method == "few"}
+    steps = {"segments": args.segments, "steps_of": args.method}
     run = toy.prepare(args, folder, net, {"flow": flow}, **steps)
     if not run.finished():
         loop = partial(train, mixture=mixture) if args.method in NEIGHBOURS else toy.train

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import common
 from common import load_generator
 
 toy = importlib.import_module("01_toy_2d")
 lab = importlib.import_module("lab.neighbours")
+images = importlib.import_module("lab.neighbours_images")
 SHORT = ["--steps", "4", "--batch", "16"]
 STD = 0.7  # of the one Gaussian that stands for the data below
 
@@ -31,7 +33,7 @@ def posterior_mean(x, t):
 
 def make(method, g, segments=1, d_psi=None, batch=2000, flags=()):
     """A method whose data are N(0, STD^2) in the plane."""
-    flags = [*flags, "--segments", str(segments)] if method in ("mcm", "few") else flags
+    flags = [*flags, "--segments", str(segments)] if method in ("mcm", "few", "cd_steps") else flags
     args = lab.parse([*SHORT, "--method", method, "--batch", str(batch), *flags])
     mixture = toy.Mixture(torch.zeros(1, 2), STD)
     return lab.NEIGHBOURS[method](args, mixture, posterior_mean, SimpleNamespace(g=g, d_psi=d_psi))
@@ -281,10 +283,10 @@ def test_sida_is_sim_and_a_gan_on_d_psis_last_hidden_layer():
     dsm = (weight * (d_psi(x_0 + t * sida.normal(), t) - x_0)**2).sum(1)
     fake = hidden["h"]
     d_psi(x + t * sida.normal(), t)
-    expected = dsm + 0.1 * (F.softplus(fake) + F.softplus(-hidden["h"]))
+    expected = dsm + 0.1 * 2 * (F.softplus(fake) + F.softplus(-hidden["h"]))  # 2: the numbers of x
     torch.testing.assert_close(loss, expected)
     sida.begin(4)
-    gan = gradient(sida.theta(), g)
+    loss = sida.theta()
     sida.begin(4)
     z, t = sida.normal(), sida.time()
     x_0 = g(2.5 * z, 2.5)
@@ -292,8 +294,9 @@ def test_sida_is_sim_and_a_gan_on_d_psis_last_hidden_layer():
     student = d_psi(x_t, t)
     y = student - posterior_mean(x_t, t)
     unit = y / (y.pow(2).sum(1, keepdim=True) + 1e-6).sqrt()
-    by_hand = -(unit * (student - x_0)).sum(1) + 0.1 * F.softplus(-hidden["h"])
-    assert gan == pytest.approx(gradient(by_hand, g), rel=1e-4)
+    by_hand = -(unit * (student - x_0)).sum(1) + 0.1 * 2 * F.softplus(-hidden["h"])
+    torch.testing.assert_close(loss, by_hand)
+    assert gradient(loss, g) == pytest.approx(gradient(by_hand, g), rel=1e-4)
 
 
 def begun(method, batch, *flags):
@@ -377,12 +380,169 @@ def test_few_trains_each_of_its_steps_and_samples_by_all():
     assert numbers == {1, 2, 3, 4}
     seen.clear()
     z = torch.randn(20_000, 2)
-    x = lab.renoised_steps(g, z, 2.5, 4)
+    x = lab.renoised_steps(g, z, lab.equal_parts(2.5, 4))
     assert [t for _, t in seen] == pytest.approx([2.5, 1.875, 1.25, 0.625])
     assert torch.equal(seen[0][0], 2.5 * z) and torch.equal(x, seen[-1][0] * 0.5)
     for (before, _), (after, t) in zip(seen, seen[1:]):  # x_0 of the step before, and new noise
         noise = (after - 0.5 * before) / t
         assert abs(noise.std() - 1) < 0.02 and abs((noise * before).mean()) < 0.05
+
+
+def test_cd_with_several_steps_samples_from_data_if_its_function_is_exact():
+    """Each step but the first begins with noise of its own, which is not z drawn again."""
+    sample = lab.sampler_of({"segments": 3, "steps_of": "cd_steps"})
+    z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
+    seen = []
+    x = sample(lambda x, t: seen.append(t) or flow_map(x, t, 0.0), z, 80.0)
+    assert seen == lab.segment_starts(80.0, 3) and seen[0] == 80 and len(seen) == 3
+    kept = np.prod([STD / (STD**2 + t**2)**0.5 for t in seen[1:]]) * STD  # of z, 0.04
+    assert x.std() == pytest.approx(STD, rel=0.01)
+    assert (x * z).mean() == pytest.approx(kept, abs=0.015)
+
+
+def test_dmds_terms():
+    """One term is that of Diff-Instruct with sidwgt, and the other the distance to the pairs."""
+    make_one = lambda method: make(method, Affine(0.4), d_psi=lambda x, t: 0.9 * x, batch=50)
+    dmd, kl, pairs = map(make_one, ("dmd", "dmd_kl", "dmd_pairs"))
+    torch.testing.assert_close(kl.theta() + 0.25 * ((1.0 * dmd.z - dmd.x)**2).sum(1)[picked(dmd)],
+                               dmd.theta())
+    pairs.begin(4)
+    picks = torch.randint(500, (50,), **pairs.where)
+    pairs.begin(4)
+    expected = 0.25 * ((0.4 * 2.5 * pairs.z - pairs.x)**2).sum(1)[picks]
+    torch.testing.assert_close(pairs.theta(), expected)
+    assert pairs.psi is None and dmd.psi and kl.psi
+
+
+def picked(dmd):
+    """The places of the pairs that DMD's next theta() draws, after what its KL term draws."""
+    dmd.begin(4)
+    dmd.normal(), dmd.time(), dmd.normal()
+    places = dmd.pick()
+    dmd.begin(4)
+    return places
+
+
+# ---- Images ----
+class OfClass(torch.nn.Module):
+    """A denoiser of images (1, 4, 4) that depends on the class: x times a weight of each class."""
+    image_shape, label_dim = (1, 4, 4), 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))
+
+    def forward(self, x, t, class_labels):
+        return x * (class_labels @ self.weight)[:, None, None, None]
+
+
+def on_images(method, *flags):
+    """A method on images of three classes: pictures of class k are 50 k grey; g, d_psi and the
+    teacher are OfClass."""
+    args = images.parse(["--method", method, "--batch", "64", *flags])
+    values = (50 * torch.arange(3).repeat(9)).byte()[:, None, None, None]
+    data = images.Pictures(values.expand(27, 1, 4, 4), torch.arange(3).repeat(9))
+    run = SimpleNamespace(d_psi=OfClass(), g=OfClass())
+    return images.METHODS[method](args, data, OfClass(), run), run
+
+
+def drawn(method, number):
+    """What a phase draws first, from the same numbers: the scale of each class, and the data."""
+    method.begin(number)
+    labels = torch.randint(3, (64,), **method.where)
+    return (labels + 1)[:, None, None, None] / 10
+
+
+def test_few_on_images_is_sim_given_the_class():
+    few, run = on_images("few", "--segments", "1")
+    with torch.no_grad():
+        run.d_psi.weight *= 2
+    scale, z = drawn(few, 3), few.normal()
+    torch.randint(1, (), **few.where)  # which of the steps: here there is one
+    x_0, t = scale * 5 * z, (1.6 * torch.randn(64, 1, 1, 1, **few.where)).exp()
+    x_t = x_0 + t * few.normal()
+    y = scale * x_t
+    unit = y / (y.pow(2).sum((1, 2, 3), keepdim=True) + 1e-6).sqrt()
+    by_hand = -(unit * (2 * scale * x_t - x_0)).sum((1, 2, 3))
+    few.begin(3)
+    torch.testing.assert_close(few.theta(), by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_realuid_on_images_sees_data_of_the_class():
+    """d_psi's loss: samples and data of the same classes, each with noise of its own."""
+    method, _ = on_images("realuid", "--data", "x")
+    scale, z = drawn(method, 3), method.normal()
+    x = (500 * scale - 50) / 127.5 - 1
+    torch.rand(64, **method.where)  # which picture of the class
+    expected = 0.0
+    for x_0, a, b in ((scale * 5 * z, 0.94, 0.96), (x.expand(-1, 1, 4, 4), 0.06, 0.04)):
+        t = (1.6 * torch.randn(64, 1, 1, 1, **method.where)).exp()
+        x_t = x_0 + t * method.normal()
+        weight = (t**2 + 0.25) / (t * 0.5)**2
+        expected += a * (weight * (scale * x_t - b / a * x_0)**2).sum((1, 2, 3))
+    method.begin(3)
+    torch.testing.assert_close(method.psi(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sida_on_images_takes_the_end_of_the_encoder():
+    teacher, _, _ = images.edm.load_teacher("fashion")
+    args = images.parse(["--method", "sida", "--batch", "2", "--data", "x"])
+    run = SimpleNamespace(d_psi=teacher, g=teacher)
+    sida, x, t = images.SiDA(args, None, teacher, run), torch.randn(2, 1, 28, 28), torch.ones(2)
+    one_hot = F.one_hot(torch.tensor([1, 2]), 10).float()
+    with torch.no_grad():
+        teacher(x, t[:, None, None, None], one_hot)
+        emb = teacher.model.embed(t.log() / 4, one_hot, None, 2)
+        deepest = teacher.model.encode(x / (1 + 0.25)**0.5, emb)[-1]
+    torch.testing.assert_close(sida.logits, deepest.flatten(1).mean(1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(sida.gan(x, sida.logits), 78.4 * F.softplus(-sida.logits))
+
+
+@pytest.mark.parametrize("method", ["sida", "realuid", "few"])
+def test_a_run_on_images(method, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(images.edm, "FINAL", 20)
+    monkeypatch.setattr(images.edm, "LOOK", 20)
+    monkeypatch.setattr(images, "LOOKS", 1)
+    monkeypatch.setattr(images.edm, "sample_teacher", lambda net, z, labels: z)
+    torch.manual_seed(0)
+    np.savez(tmp_path / "data.npz", images=torch.randint(256, (100, 28, 28)).byte().numpy(),
+             labels=np.arange(100) % 10)
+    flags = ["--method", method, "--steps", "2", "--batch", "2", "--out", str(tmp_path / "run")]
+    flags += ["--data", str(tmp_path / "data.npz")] if method != "few" else []
+    images.main(flags)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["method"] == method and metrics["fd"] > 0
+    assert metrics["segments"] == (2 if method == "few" else 1)
+    g, t_star, _ = images.edm.load_denoiser(tmp_path / "run")
+    labels = F.one_hot(torch.arange(10)).float()
+    z = torch.randn(10, 1, 28, 28)
+    one, two = [images.sample(g, t_star, z, labels, segments) for segments in (1, 2)]
+    torch.testing.assert_close(one, images.edm.sample_one_step(g, t_star, z, labels))
+    assert (one - two).abs().mean() > 0.01
+    draw = ["--sample", str(tmp_path / "run"), "--n", "4", "--out", str(tmp_path / "x.npz")]
+    images.main(draw)
+    z, labels = common.draw_latents(range(4), (1, 28, 28), 10)
+    by_hand = images.sample(g, 5.0, z, labels, metrics["segments"])
+    drawn = np.load(tmp_path / "x.npz")["one_step_values"]
+    torch.testing.assert_close(torch.from_numpy(drawn), by_hand)
+    if method == "few":
+        assert "neighbours_images.py" in refused(images.edm.main, draw)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--method sida", "needs --data"), ("--method sid", "02_edm_cifar.py"),
+    ("--method few --psi-updates 2", "--psi-updates"), ("--method few --data x", "--data is not"),
+    ("--method realuid --data x --distance l2", "--distance is not"),
+    ("--method sida --data x --segments 3", "--segments is not")])
+def test_mistakes_on_images(flags, message, refused):
+    assert message in refused(images.main, flags.split())
+
+
+def test_pictures_of_each_class(tmp_path, refused):
+    np.savez(tmp_path / "x.npz", images=np.zeros((30, 28, 28), np.uint8),
+             labels=np.array([0] * 20 + [9] * 10))
+    argv = ["--method", "sida", "--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "run")]
+    assert "some of each of 10 classes" in refused(images.main, argv)
 
 
 def test_flow_loss_is_least_for_the_velocity_and_tau_spans_0_to_1():
@@ -429,7 +589,7 @@ def test_what_learns_and_that_a_killed_run_continues(method, tmp_path, monkeypat
     again = torch.load(tmp_path / "killed" / "ckpt.pt")
     assert all(same(parts[name], again[name]) for name in ("g", "g_ema", "d_psi", "learned"))
     assert not same(parts["g"], parts["learned"])
-    without_d_psi = ("cd", "ct", "mcm", "kernel", "drifting")
+    without_d_psi = ("dmd_pairs", "cd", "cd_steps", "ct", "mcm", "kernel", "drifting")
     assert same(parts["d_psi"], parts["learned"]) == (method in without_d_psi)
     torch.manual_seed(0)
     assert same(lab.make_denoiser().state_dict(), parts["learned"]) == (method == "ct")
@@ -501,8 +661,8 @@ def test_the_gaussian_figure(tmp_path, refused):
 def test_defaults_follow_the_method():
     for method in ("sim", *lab.NEIGHBOURS):
         args = lab.parse(["--method", method])
-        assert args.t_star == (80 if method in ("cd", "ct", "mcm", "pagoda") else 2.5)
-        assert args.segments == {"mcm": 4, "few": 2}.get(method, 1)
+        assert args.t_star == (80 if method in ("cd", "cd_steps", "ct", "mcm", "pagoda") else 2.5)
+        assert args.segments == {"mcm": 4, "few": 2, "cd_steps": 2}.get(method, 1)
     args = lab.parse("--method mcm --t-star 3 --segments 2".split())
     assert args.t_star == 3 and args.segments == 2
 

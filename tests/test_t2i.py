@@ -27,7 +27,8 @@ import common
 from common import UserError, draw_latents, lambda_edm, seed_step
 
 t2i = importlib.import_module("03_pixart_t2i")
-scores, shapes = importlib.import_module("lab.scores"), importlib.import_module("lab.shapes")
+scores, shapes, reward = [importlib.import_module(f"lab.{name}")
+                          for name in ("scores", "shapes", "reward_t2i")]
 FIXTURES = ROOT / "tests" / "fixtures"
 PIXART, CASE = FIXTURES / "pixart", np.load(FIXTURES / "io-t2i.npz")
 RELEASE = PIXART / "original-plain-release.pth"
@@ -456,8 +457,8 @@ def mini_run(mini, folder, *options):
     return folder
 
 
-def train_alone(args, run, d_q, captions, judge):
-    t2i.train(args, d_q, captions, run, dict)
+def train_alone(args, run, d_q, captions, judge, train):
+    train(args, d_q, captions, run, dict)
 
 
 def by_hand(file, guidance, weight_psi, low=0.0, high=math.inf, resample=False):
@@ -874,3 +875,30 @@ def test_nothing_asks_the_network(tmp_path, monkeypatch):
             t2i.encode_prompts(folder, ["a cat"])
     with pytest.raises(UserError, match="CLIP"):
         scores.load_clip("openai/clip-vit-base-patch32")
+
+
+def test_a_reward_in_a_miniature(mini, tmp_path, monkeypatch, refused):
+    """The loss is SIM's minus lambda times the reward, and a large lambda makes vivid pictures."""
+    grey, red = torch.zeros(3, 2, 2), torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 2, 2)
+    assert reward.vividness(torch.stack([grey, red])).tolist() == [0, 2]
+    x_0, d_q = torch.randn(2, 3, 4, 4, requires_grad=True), lambda x, t: 0.5 * x
+    t, eps = torch.ones(2, 1, 1, 1), torch.randn(2, 3, 4, 4)
+    rest = lambda x, t: 0.8 * x, d_q, x_0, t, common.l2(), eps
+    change = common.sim_loss(*rest)[0] - reward.reward_loss(*rest, scale=7.0)[0]
+    torch.testing.assert_close(change, 7 * reward.vividness(x_0))
+    found = []
+    for scale in ("0.001", "1e6"):
+        folder = tmp_path / scale
+        reward.main(["--teacher", str(mini), *TYPED, "--reward", scale, "--out", str(folder)])
+        found.append(json.loads((folder / "metrics.json").read_text())["one step"]["reward"])
+    assert found[1] > 1.1 * found[0] > 0
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.chdir(tmp_path)  # checkpoints/ is where a run is started
+    for argv, message in ((["--method", "sid"], "03_pixart_t2i.py"),
+                          (["--preset", "paper"], "03_pixart_t2i.py"),
+                          (["--prompts", "/nowhere"], "/nowhere"),
+                          (["--teacher", str(tmp_path / "1e6")], "--prompts FILE")):
+        assert message in refused(reward.main, [*argv, "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+    argv = ["--teacher", str(RELEASE), *FILES, "--prompts", "prompts.txt", "--batch-gpu", "8"]
+    assert "expected a miniature" in refused(reward.main, argv)

@@ -1,9 +1,9 @@
 """Many runs of the stages, as tables and pictures; and the curves of any runs.
 
     python lab/studies.py figure-2-toy --jobs 2       SIM, SiD, Diff-Instruct, ring: 20 minutes
-    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: hours
-    python lab/studies.py neighbours --jobs 2         eleven methods on the ring: 18 minutes
-    python lab/studies.py stop-gradients --jobs 2     6 minutes, as do t-star and teachers
+    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: 40 minutes
+    python lab/studies.py neighbours --jobs 2         fifteen methods on the ring: 22 minutes
+    python lab/studies.py --help                      the names of the others
     python lab/studies.py figure-2-toy --draw         tables and curves from assets/results alone
     python lab/studies.py plot runs/ring-sim-phuber-0 runs/ring-sim-l2-0 --keys divergence,sw2
 
@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import (UserError, atomic, count, image_grid, load_generator, one_line_errors,
-                    plain_parser, progress, reading, require, save_picture)
+from common import (UserError, at_least_0, atomic, count, image_grid, load_generator,
+                    one_line_errors, plain_parser, progress, reading, require, save_picture)
 
 import numpy as np
 import torch
@@ -42,12 +42,20 @@ RUNS, RESULTS = ROOT / "runs" / "studies", ROOT / "assets" / "results"
 @dataclass
 class Study:
     """Runs of a stage, by its command: panels {title: {label: flags}}. A run is judged by a key of
-    its log, which has this name, and drawn as a curve or, with samples, as what it generates."""
+    its log, which has this name, and drawn as a curve or, with samples, as what it generates. Each
+    run has these seeds. Figure 2 asks how soon a run reaches the figure `goal`."""
     command: str
     key: str
     name: str
     panels: dict
     samples: bool = False
+    seeds: range = range(3)
+    goal: float = 0.0
+
+
+def each(runs, more):
+    """-> runs {label: flags} with more flags."""
+    return {label: f"{flags} {more}".strip() for label, flags in runs.items()}
 
 
 TOY = ("01_toy_2d.py --part distil", "sw2", "sliced Wasserstein-2")
@@ -63,6 +71,16 @@ CONSTANTS = {"c = 1": "--distance phuber,c=1", "c = 0.01": "--distance phuber,c=
 NEIGHBOURS = METHODS | {
     "DMD": "--method dmd", "ADD": "--method add", "CD": "--method cd", "iCT": "--method ct",
     "MCM, 4 evaluations": "--method mcm", "PaGoDA": "--method pagoda"}
+RATES = {"0.3 times the lr": "--lr 0.0006", "the preset's lr": "", "3 times the lr": "--lr 0.006"}
+# The study "rates" found these to be the best, in times the preset's lr. All others have 1.
+BEST = {"SIM, l2": 0.3, "SiD, alpha 1": 0.3, "DMD": 3, "ADD": 0.3, "CD": 3, "MCM, 4 evaluations": 3,
+        "PaGoDA": 0.3}
+AT_THEIR_BEST = {label: f"{flags} --lr {0.002 * BEST.get(label, 1):.4g}".strip()
+                 for label, flags in NEIGHBOURS.items()}
+ABLATIONS = {"DMD without pairs": "--method dmd_kl --lr 0.006",
+             "DMD without KL": "--method dmd_pairs --lr 0.006",
+             "CD, 2 evaluations": "--method cd_steps --lr 0.006",
+             "CD, 4 evaluations": "--method cd_steps --segments 4 --lr 0.006"}
 AFTER = {
     "SIM": "", "SIM without d_psi": "--method kernel", "drifting": "--method drifting",
     "lr of psi 3 x g's": "--lr-psi 0.006", "5 psi updates": "--psi-updates 5",
@@ -74,6 +92,9 @@ TIMES = {f"{times}, {weight}": f"{flags} --weight {weight}".strip()
          for times, flags in (("ring's times", ""), ("(B.10)", B10), ("Karras", KARRAS))
          for weight in ("nowgt", "sidwgt")}
 TIMES_OF_SID = {f"SiD: {label}": f"--method sid {flags}" for label, flags in TIMES.items()}
+TIMES_OF_IMAGES = {  # without "--weight nowgt", which is the default: one run for two tables
+    label.replace("ring", "preset"): flags.replace("--weight nowgt", "").strip()
+    for label, flags in TIMES.items()}
 TABLE_4 = {
     "l2": "--distance l2", "power, alpha = 4": "--distance power", "exp": "--distance exp",
     "l1": "--distance l1", "smoothl1": "--distance smoothl1", "huber": "--distance huber",
@@ -81,6 +102,9 @@ TABLE_4 = {
     "Pseudo-Huber, c = 0.1": "--distance phuber,c=0.1",
     "Pseudo-Huber, c = 0.01": "--distance phuber,c=0.01", "Pseudo-Huber, c = 0.001": "",
     "Pseudo-Huber, c = 0.0001": "--distance phuber,c=0.0001"}
+DISTANCES_OF_IMAGES = {label: flags for label, flags in TABLE_4.items()
+                       if label not in ("Pseudo-Huber, c = 0.1", "Pseudo-Huber, c = 0.01")}
+SHORT = "--steps 200"  # a third of the preset's, on images
 WRONG = {"SIM": "", "d' detached": "--method d_prime_detached",
          "d_q detached": "--method d_q_detached",
          "d(y) back-propagated": "--method d_backpropagated"}
@@ -98,15 +122,16 @@ def figure_2(**rates):
     """The paper's Figure 2 -> panels: METHODS with the flags of each learning rate, and SIM's
     settings with the flags of the first one."""
     first = next(iter(rates.values()))
-    panels = {title.replace("_", " "): (METHODS, flags) for title, flags in rates.items()}
-    panels |= {"SIM: weight and times": (SETTINGS, first),
-               "SIM: Pseudo-Huber's c": (CONSTANTS, first)}
-    return {title: {label: f"{more} {flags}".strip() for label, more in runs.items()}
-            for title, (runs, flags) in panels.items()}
+    panels = {title.replace("_", " "): each(METHODS, flags) for title, flags in rates.items()}
+    return panels | {"SIM: weight and times": each(SETTINGS, first),
+                     "SIM: Pseudo-Huber's c": each(CONSTANTS, first)}
 
 
 STUDIES = {
-    "neighbours": Study(*TOY, {"neighbours": NEIGHBOURS}, samples=True),
+    "rates": Study(*TOY, {title: each(NEIGHBOURS, lr) for title, lr in RATES.items()},
+                   seeds=range(1)),
+    "neighbours": Study(*TOY, {"neighbours": AT_THEIR_BEST, "with and without": ABLATIONS},
+                        samples=True, seeds=range(1, 4)),
     "after-the-paper": Study(*TOY, {"after the paper": AFTER}, samples=True),
     "times": Study(*TOY, {"SIM": TIMES, "SiD": TIMES_OF_SID}, samples=True),
     "distances": Study(*TOY, {"distances": TABLE_4}, samples=True),
@@ -116,10 +141,17 @@ STUDIES = {
     "figure-2-toy": Study(*TOY, figure_2(
         preset_lr="--anneal none --steps 1500",
         three_times_that="--anneal none --lr 0.006 --steps 1500",
-        ten_times_that="--anneal none --lr 0.02 --steps 1500")),
-    "figure-2-fashion": Study(*IMAGES, figure_2(
-        preset_lr="--anneal none --steps 200",
-        ten_times_that="--anneal none --lr 0.004 --steps 100"))}
+        ten_times_that="--anneal none --lr 0.02 --steps 1500"), goal=0.06),
+    "figure-2-fashion": Study(*IMAGES, {
+        "preset lr": each(METHODS, "--anneal none --steps 100"),
+        "three times that": each(METHODS, "--anneal none --lr 6e-4 --steps 100"),
+        "ten times that": each(METHODS, "--anneal none --lr 2e-3 --steps 100")},
+        seeds=range(1), goal=50),
+    "fashion": Study(*IMAGES, {
+        "times and weights": each(TIMES_OF_IMAGES, SHORT),
+        "distances": each(DISTANCES_OF_IMAGES, SHORT)}, seeds=range(1)),
+    "bf16": Study(*IMAGES, {
+        "precision": each({"float32": "", "bfloat16": "--amp bf16"}, SHORT)})}
 
 
 # ---- Runs ----
@@ -180,7 +212,7 @@ def run_study(name, seeds, jobs):
     """All runs of a study, `jobs` at once, to NAME.json; and the picture of their samples."""
     study = STUDIES[name]
     flags = dict.fromkeys(flags for panel in study.panels.values() for flags in panel.values())
-    runs = [(study, f, seed) for seed in range(seeds) for f in flags]
+    runs = [(study, f, seed) for seed in dict.fromkeys(seeds or study.seeds) for f in flags]
     with ThreadPoolExecutor(jobs) as pool:
         stops = list(progress(pool.map(lambda run: run_once(*run, jobs), runs), name, len(runs)))
     rows = [json.dumps(summarise_run(*run, stopped)) for run, stopped in zip(runs, stops)]
@@ -188,7 +220,7 @@ def run_study(name, seeds, jobs):
     with atomic(RESULTS / f"{name}.json") as temporary:
         temporary.write_text("[" + ",\n ".join(rows) + "]\n")
     if study.samples:
-        draw_samples(study, RESULTS.parent / f"{name}.png")
+        draw_samples(study, runs[0][2], RESULTS.parent / f"{name}.png")
 
 
 # ---- Tables and pictures ----
@@ -211,8 +243,28 @@ def report_study(name):
         for label, flags in panel.items():
             figures = [extremes(runs[flags], key) for key in keys]
             print(" | ".join([f"| {label}", *figures]) + " |")
+    if study.goal:
+        report_figure_2(study, runs)
     if not study.samples:
         draw_study(study, runs, RESULTS.parent / f"{name}.png")
+
+
+def report_figure_2(study, runs):
+    """The paper's two claims as a table. How robust is a method? The best figure of all its runs,
+    and the lr at which its worst seed ends within 2 times that figure. How fast is a method? The
+    samples that are seen, at the first lr, until the goal is reached."""
+    panels = {title: runs for title, runs in study.panels.items() if runs.keys() == METHODS.keys()}
+    print(f"\n| method | best | lr within 2 times that | samples to {study.goal} |\n{'|---' * 4}|")
+    for label in METHODS:
+        ends = {title: [run.get(study.key, math.inf) for run in runs[panel[label]]]
+                for title, panel in panels.items()}
+        best = min(map(min, ends.values()))
+        within = [title for title, values in ends.items() if max(values) <= 2 * best < math.inf]
+        first = next(iter(panels.values()))[label]
+        seen = [next((images for images, value in run["curve"] if value <= study.goal), math.inf)
+                for run in runs[first]]
+        reached = " to ".join(dict.fromkeys(f"{n:,}" for n in (min(seen), max(seen))))
+        print(f"| {label} | {best:.3g} | {', '.join(within)} | {reached} |")
 
 
 def extremes(runs, key):
@@ -223,13 +275,13 @@ def extremes(runs, key):
     return ", ".join(filter(None, (text, stopped)))
 
 
-def draw_samples(study, path):
-    """Samples of all runs of the toy with seed 0, after exact ones."""
+def draw_samples(study, seed, path):
+    """Samples of all runs of the toy with this seed, after exact ones."""
     toy, random = importlib.import_module("01_toy_2d"), torch.Generator().manual_seed(0)
     mixture, z = toy.make_mixture("ring"), torch.randn(4000, 2, generator=random)
     panels = [toy.panel(mixture, mixture.sample(4000, random), "data")]
     for label, flags in [run for panel in study.panels.values() for run in panel.items()]:
-        folder = folder_of(study, flags, 0)
+        folder = folder_of(study, flags, seed)
         if not (folder / "g_ema.pt").exists():  # the run stopped before its first checkpoint
             continue
         g, t_star, meta = load_generator(folder, neighbours.make_denoiser)
@@ -250,8 +302,9 @@ def draw_study(study, runs, path):
     for i, (title, panel) in enumerate(study.panels.items(), 1):
         axes = figure.add_subplot(2, across, i, title=title, xlabel="samples seen",
                                   ylabel=study.name)
-        for label, flags in panel.items():
-            draw_curves(axes, label, [np.array(run["curve"]) for run in runs[flags]])
+        for k, (label, flags) in enumerate(panel.items()):
+            style = "-" if k < 10 else "--"  # matplotlib has ten colours
+            draw_curves(axes, label, style, [np.array(run["curve"]) for run in runs[flags]])
         second = runs[flags][0]["curve"][1][0]
         axes.set_xscale("symlog", linthresh=second)  # so that 0 samples have a place
         axes.set_yscale("log")
@@ -260,13 +313,13 @@ def draw_study(study, runs, path):
         figure.savefig(temporary)
 
 
-def draw_curves(axes, label, curves):
+def draw_curves(axes, label, style, curves):
     """Curves [(samples seen, value), ...] of a run with several seeds: their median, in a band from
     the least to the greatest of those that went so far."""
     places = max(curves, key=len)[:, 0]
     values = [[curve[i, 1] for curve in curves if i < len(curve)] for i in range(len(places))]
     low, middle, high = zip(*[np.quantile(v, (0, 0.5, 1)) for v in values])
-    axes.plot(places, middle, label=label)
+    axes.plot(places, middle, style, label=label)
     axes.fill_between(places, low, high, alpha=0.15, linewidth=0)
 
 
@@ -296,7 +349,7 @@ def main(argv=None):
     add = parser.add_argument
     add("name", choices=(*STUDIES, "plot"), help="a study; or plot, for the curves of runs")
     add("runs", nargs="*", metavar="RUN", type=Path, help="of plot: folders with a log.jsonl")
-    add("--seeds", type=count, default=3, help="of each run of a study")
+    add("--seeds", type=at_least_0, nargs="+", help="of each run, in place of those of the study")
     add("--jobs", type=count, default=1, help="runs at once, which share the cores")
     add("--draw", action="store_true", help="start no runs: tables and curves of NAME.json")
     add("--keys", default="divergence,sw2,fd", help="of plot, those that the logs have")

@@ -145,6 +145,8 @@ def main(argv=None):
         return draw_samples(args, device)
     require(rank_and_ranks()[1] == 1, "this script is for one process: start it without torchrun")
     d_q, meta, facts = edm.load_teacher(args.teacher)
+    require(d_q.label_dim and isinstance(getattr(d_q, "model", None), edm.SongUNet),
+            f"--teacher {args.teacher}: expected a SongUNet with classes")
     d_q, segments = d_q.to(device), args.segments if args.method == "few" else 1
     examiner, data = edm.find_judge(args, d_q, meta), None
     if args.data:

@@ -538,6 +538,12 @@ def test_mistakes_on_images(flags, message, refused):
     assert message in refused(images.main, flags.split())
 
 
+def test_the_teacher_of_images_has_classes(monkeypatch, refused):
+    monkeypatch.setattr(images.edm, "load_teacher", lambda name: (
+        images.edm.make_unet(img_resolution=8, img_channels=1, model_channels=8), {}, {}))
+    assert "with classes" in refused(images.main, ["--method", "few"])
+
+
 def test_pictures_of_each_class(tmp_path, refused):
     np.savez(tmp_path / "x.npz", images=np.zeros((30, 28, 28), np.uint8),
              labels=np.array([0] * 20 + [9] * 10))

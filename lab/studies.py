@@ -113,7 +113,8 @@ T_STARS = {"t* = 0.05": "--t-star 0.05", "t* = 0.5": "--t-star 0.5", "t* = 2.5":
 TEACHERS = {"exact scores": "", "diffusion model": "--teacher learned",
             "rectified flow": "--teacher flow"}
 COLUMNS = {  # of a table, where a run has this figure: title and format
-    "fd": ("FD-judge", ".2f"), "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
+    "fd": ("FD-judge", ".2f"), "class_accuracy": ("right class", ".1%"),
+    "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
     "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
     "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}
 
@@ -297,10 +298,11 @@ def draw_samples(study, seed, path):
 
 def draw_study(study, runs, path):
     """The curves of runs {flags: rows}, a panel of the study in each axes."""
-    across = math.ceil(len(study.panels) / 2)
-    figure = Figure(figsize=(5 * across, 8.8), dpi=80, layout="constrained")
+    rows = 1 if len(study.panels) <= 2 else 2
+    across = math.ceil(len(study.panels) / rows)
+    figure = Figure(figsize=(5 * across, 4.4 * rows), dpi=80, layout="constrained")
     for i, (title, panel) in enumerate(study.panels.items(), 1):
-        axes = figure.add_subplot(2, across, i, title=title, xlabel="samples seen",
+        axes = figure.add_subplot(rows, across, i, title=title, xlabel="samples seen",
                                   ylabel=study.name)
         for k, (label, flags) in enumerate(panel.items()):
             style = "-" if k < 10 else "--"  # matplotlib has ten colours

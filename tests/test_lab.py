@@ -77,10 +77,7 @@ def test_every_command_of_a_study_is_one():
                 args.method in studies.neighbours.NEIGHBOURS or args.teacher == "flow")
 
 
-MEASURED = [name for name in studies.STUDIES if name not in ("fashion", "figure-2-fashion", "bf16")]
-
-
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", studies.STUDIES)
 def test_the_results_are_those_of_the_page(name, tmp_path, monkeypatch, capsys, refused):
     results = tmp_path / "assets" / "results"
     shutil.copytree(studies.RESULTS, results)

@@ -9,8 +9,8 @@
     python lab/neighbours.py --sample runs/ring-exact-dmd-phuber-0 --n 5000
     python lab/neighbours.py --gaussian gaussian.png
 
-A run takes about a minute on one core. The methods that match scores have SIM's t* and noise
-levels, the others start from t* = 80. Plain distances stand for the papers' LPIPS.
+A run takes from half a minute to four minutes on one core. cd, cd_steps, ct, mcm and pagoda start
+from t* = 80, and all others from SIM's t*. Plain distances stand for the papers' LPIPS.
 
 Numbers in [] are equations of the notes "Distilled Diffusion Models" (July 2024). SiD is [83], and
 Diff-Instruct is [63]. The notes' misprints: in [83] the first factor is reversed (x_psi - x_phi is

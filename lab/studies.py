@@ -1,7 +1,7 @@
 """Many runs of the stages, as tables and pictures; and the curves of any runs.
 
     python lab/studies.py figure-2-toy --jobs 2       SIM, SiD, Diff-Instruct, ring: 20 minutes
-    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: 40 minutes
+    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: 25 minutes
     python lab/studies.py neighbours --jobs 2         fifteen methods on the ring: 22 minutes
     python lab/studies.py --help                      the names of the others
     python lab/studies.py figure-2-toy --draw         tables and curves from assets/results alone

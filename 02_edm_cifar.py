@@ -414,9 +414,10 @@ def compare_with_teacher(d_q, path, n=1000):
 
 
 # ---- Teachers ----
-def load_denoiser(path, teacher=None):
+def load_denoiser(path, teacher=None, several=False):
     """NVIDIA's .pkl, a .pt of ours, or a run's folder -> net (frozen, on the CPU), t_star, meta.
-    The network of a run whose teacher is the user's own is built by `teacher`, module:function."""
+    The network of a run whose teacher is the user's own is built by `teacher`, module:function.
+    A generator of several evaluations is refused, unless `several` says that they will be made."""
     if str(path).endswith(".pkl") and Path(path).is_file():
         return load_edm_pickle(path), PAPER["t_star"], {}  # t*: that of SiD's generators
 
@@ -427,6 +428,8 @@ def load_denoiser(path, teacher=None):
         return import_teacher(function) if own else make_unet(**net_args)
 
     net, t_star, meta = load_generator(path, build, "cpu" if function else "meta")
+    require(several or meta.get("segments", 1) == 1,
+            f"{path} takes several evaluations: lab/neighbours_images.py draws its samples")
     require(meta.get("teacher") != "shapes", f"{path}: {GONE}")
     return net, t_star, meta
 
@@ -632,9 +635,8 @@ def summarise(run, **figures):
 # ---- Without training ----
 def sample(args, device, one_step=sample_one_step):
     """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs."""
-    g, t_star, meta = load_denoiser(args.sample, args.teacher)
-    require(meta.get("segments", 1) == 1 or one_step is not sample_one_step,
-            f"{args.sample} takes several evaluations: lab/neighbours_images.py draws its samples")
+    several = one_step is not sample_one_step
+    g, t_star, meta = load_denoiser(args.sample, args.teacher, several)
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     seeds, sets = range(args.seed, args.seed + args.n), {}

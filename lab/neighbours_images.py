@@ -131,7 +131,7 @@ def parse(argv):
 
 def draw_samples(args, device):
     """--sample: pictures of a run, with as many evaluations of g as the run was trained for."""
-    _, _, meta = edm.load_denoiser(args.sample, args.teacher)
+    _, _, meta = edm.load_denoiser(args.sample, args.teacher, several=True)
     with reading(args.sample, "a run of this script"):
         several = partial(sample, segments=int(meta["segments"]))
     edm.sample(args, device, several)

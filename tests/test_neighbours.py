@@ -513,7 +513,7 @@ def test_a_run_on_images(method, tmp_path, monkeypatch, refused):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["method"] == method and metrics["fd"] > 0
     assert metrics["segments"] == (2 if method == "few" else 1)
-    g, t_star, _ = images.edm.load_denoiser(tmp_path / "run")
+    g, t_star, _ = images.edm.load_denoiser(tmp_path / "run", several=True)
     labels = F.one_hot(torch.arange(10)).float()
     z = torch.randn(10, 1, 28, 28)
     one, two = [images.sample(g, t_star, z, labels, segments) for segments in (1, 2)]
@@ -527,6 +527,9 @@ def test_a_run_on_images(method, tmp_path, monkeypatch, refused):
     torch.testing.assert_close(torch.from_numpy(drawn), by_hand)
     if method == "few":
         assert "neighbours_images.py" in refused(images.edm.main, draw)
+        eval_fid = importlib.import_module("eval_fid")
+        judge = [str(tmp_path / "run"), "--features", "judge", "--n", "4"]
+        assert "neighbours_images.py" in refused(eval_fid.main, judge)
 
 
 @pytest.mark.parametrize("flags, message", [

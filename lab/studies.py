@@ -3,7 +3,7 @@
     python lab/studies.py figure-2-toy --jobs 2       SIM, SiD, Diff-Instruct, ring: 20 minutes
     python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: 25 minutes
     python lab/studies.py neighbours --jobs 2         fifteen methods on the ring: 22 minutes
-    python lab/studies.py --help                      the names of the others
+    python lab/studies.py bf16 --jobs 2               bfloat16: 15 minutes. --help names the others
     python lab/studies.py figure-2-toy --draw         tables and curves from assets/results alone
     python lab/studies.py plot runs/ring-sim-phuber-0 runs/ring-sim-l2-0 --keys divergence,sw2
 

@@ -633,10 +633,11 @@ def summarise(run, **figures):
 
 
 # ---- Without training ----
-def sample(args, device, one_step=sample_one_step):
-    """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs."""
-    several = one_step is not sample_one_step
-    g, t_star, meta = load_denoiser(args.sample, args.teacher, several)
+def sample(args, device, several=None):
+    """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs. A
+    script of lab/ brings `several`, which samples like sample_one_step by several evaluations."""
+    g, t_star, meta = load_denoiser(args.sample, args.teacher, several is not None)
+    one_step = several or sample_one_step
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     seeds, sets = range(args.seed, args.seed + args.n), {}

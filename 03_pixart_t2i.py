@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 # ---- Settings ----
 PAPER = {  # B.3; the paper leaves open guidance (PixArt's own is 4.5), EMA and eps (SiD's)
-    "method": "sim", "sid_alpha": 1.0, "steps": 16_000, "batch": 1024, "lr": 5e-6,
+    "sid_alpha": 1.0, "steps": 16_000, "batch": 1024, "lr": 5e-6,
     "anneal": "none", "t_star": 2.5, "p_mean": -2.0, "p_std": 2.0, "psi_mean": -2.0,
     "psi_std": 2.0, "t_min": 0.01, "t_max": 156.6155, "psi_updates": 1, "weight_psi": "one",
     "ema_half_life": 5e5, "adam_eps": 1e-8, "guidance": 4.5, "amp": "bf16",
@@ -821,7 +821,7 @@ def sample(args, device):
 
 # ---- The command line ----
 def stage_parser(doc=__doc__, methods=()):
-    parser = make_parser(doc, methods, images=True, **PRESETS["miniature"])
+    parser = make_parser(doc, methods, images=True, method="sim", **PRESETS["miniature"])
     add = parser.add_argument_group("stage 3").add_argument
     add("--teacher", default="auto", help="auto, miniature (embedded), pixart (in checkpoints/), a "
         "run, a .pt of ours, a .pth, or a folder of diffusers")
@@ -861,8 +861,8 @@ def distil_by_command(parser, argv, device, more=(), test=Test):
     run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
         d_q = Guided(pipeline.net, args.guidance, blank)
-        test = test(pipeline, prompts, captions, meta)
-        distil(args, run, d_q, captions, test, partial(train, more=more))
+        distil(args, run, d_q, captions, test(pipeline, prompts, captions, meta),
+               partial(train, more=more))
 
 
 @one_line_errors

@@ -80,8 +80,8 @@ def few_steps(g, z, t_star, segments=1):
 
 class Neighbour:
     """A method: theta() is the loss (B,) of g, and psi(), where there is one, that of a second
-    network d_psi. In each phase the other network is frozen."""
-    psi = None
+    network d_psi. In each phase the other network is frozen. x is (B, *shape)."""
+    psi, shape = None, (2,)
 
     def __init__(self, args, mixture, d_q, run):
         self.args, self.mixture, self.d_q = args, mixture, d_q
@@ -97,14 +97,14 @@ class Neighbour:
         self.step, self.where = step, {"device": self.device(), "generator": random}
 
     def normal(self):
-        return torch.randn(self.args.batch, 2, **self.where)
+        return torch.randn(self.args.batch, *self.shape, **self.where)
 
     def data(self, batches=1):
         return self.mixture.sample(batches * self.args.batch, self.where["generator"])
 
     def time(self, phase="theta"):
-        """The noise levels (B, 1) of stage 1's updates of g, or of d_psi."""
-        return draw_times(self.args, phase, (self.args.batch, 1), **self.where)
+        """The noise levels (B, 1, ...) of the stages' updates of g, or of d_psi."""
+        return draw_times(self.args, phase, (self.args.batch, *[1] * len(self.shape)), **self.where)
 
     def generate(self, z):
         return toy.one_step(self.g, z, self.args.t_star)

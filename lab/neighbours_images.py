@@ -14,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (Run, count, draw_times, one_line_errors, pick_device, rank_and_ranks, reading,
-                    require)
+from common import (Run, count, one_line_errors, pick_device, rank_and_ranks, reading, require)
 
 import torch
 from torch.nn import functional as F
@@ -45,7 +44,7 @@ class OnImages:
     images (B, C, H, W). Each phase draws its classes, as stage 2 does. Samples, data, the teacher
     and the second network have the same ones."""
     def __init__(self, args, data, d_q, run):
-        self.teacher, self.run = d_q, run
+        self.teacher, self.run, self.shape = d_q, run, d_q.image_shape
         super().__init__(args, data, d_q, run)
 
     def device(self):
@@ -66,12 +65,6 @@ class OnImages:
         self.draw_classes()
         return super().theta()
 
-    def normal(self):
-        return torch.randn(self.args.batch, *self.teacher.image_shape, **self.where)
-
-    def time(self, phase="theta"):
-        return draw_times(self.args, phase, (self.args.batch, 1, 1, 1), **self.where)
-
     def data(self):
         return self.mixture.of_classes(self.labels, self.where)
 
@@ -83,6 +76,7 @@ def bind(net, one_hot, amp="none"):
 
 
 class SiDA(OnImages, neighbours.SiDA):
+    """As on the ring, with another layer."""
     def inner_layer(self, d_psi):
         return [*d_psi.model.enc.values()][-1]  # as in the paper: the end of the encoder
 

@@ -1,6 +1,6 @@
 """Text to image with a reward: Diff-Instruct* (arXiv 2410.20898) in stage 3's miniature.
 
-    python lab/reward_t2i.py --reward 1                  eight minutes on two cores
+    python lab/reward_t2i.py --reward 1                  twelve minutes on one core
     python lab/shapes.py runs/miniature-reward-phuber-0  are shapes and colours still right?
 
 The loss is SIM's, under stage 3's guided teacher, minus --reward times r(x_0). The reward r is how
@@ -50,9 +50,7 @@ class Test(t2i.Test):
 def main(argv=None):
     parser = t2i.stage_parser(__doc__, ("reward",))
     parser.add_argument("--reward", type=positive, default=1.0, help="lambda, the reward's weight")
-    parser.set_defaults(teacher="miniature")
-    typed = sys.argv[1:] if argv is None else argv
-    argv = ["--method", "reward", *typed]  # as if typed: a default would give way to the preset's
+    parser.set_defaults(method="reward", teacher="miniature")
     args = parser.parse_args(argv)
     require(args.method == "reward" and not args.sample and not args.preset,
             "this script trains a miniature with --method reward: for all else, 03_pixart_t2i.py")

@@ -168,6 +168,12 @@ def times_by_hand(s, phase, column, random):
     return (mean + std * torch.randn(column, generator=random)).exp()
 
 
+def average_by_hand(g_ema, g, seen, batch, half_life):
+    beta = 0.5**(batch / min(half_life, 0.05 * seen)) if seen else 0
+    for a, b in zip(g_ema.parameters(), g.parameters()):
+        a.data = beta * a.data + (1 - beta) * b.data
+
+
 def algorithm_2(start, d_q, shape, classes=0, **settings):
     """-> what `trained` and `logged` return of a run with these settings from the net `start`."""
     s, gradients, figures = SimpleNamespace(**settings), [None, None], {}
@@ -209,10 +215,7 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
             (loss.sum() / batch).backward()
             gradients[phase == "theta"] = vector(w.grad for w in learns.parameters())
             optimiser.step()
-        seen = batch * step
-        beta = 0.5**(batch / min(s.ema_half_life, 0.05 * seen)) if seen else 0
-        for a, b in zip(g_ema.parameters(), g.parameters()):
-            a.data = beta * a.data + (1 - beta) * b.data
+        average_by_hand(g_ema, g, batch * step, batch, s.ema_half_life)
     begun = vector(start.state_dict().values())
     nets = [vector(net.state_dict().values()) - begun for net in (d_psi, g, g_ema)]
     return nets + gradients, figures

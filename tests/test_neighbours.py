@@ -447,7 +447,7 @@ def on_images(method, *flags):
 
 
 def drawn(method, number):
-    """What a phase draws first, from the same numbers: the scale of each class, and the data."""
+    """Begin, and draw the classes as a phase does. -> OfClass's weight for each image"""
     method.begin(number)
     labels = torch.randint(3, (64,), **method.where)
     return (labels + 1)[:, None, None, None] / 10

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import textwrap
 import time
 from collections import OrderedDict
@@ -191,11 +190,9 @@ class PixArt(nn.Module):
 @cache
 def noise_table(device="cpu"):
     """u (1001,): the noise levels of iDDPM's 1000 timesteps, falling, and a last 0, as in EDM."""
-    u = torch.zeros(1001, dtype=torch.float64)
-    for j in range(1000, 0, -1):
-        beta = 0.02 + (1e-4 - 0.02) * j / 1000  # B.3
-        u[j - 1] = ((u[j]**2 + 1) / max(1 - beta, 0.001) - 1).sqrt()  # 0.001: EDM's C_1
-    return u.float().to(device)
+    beta = torch.linspace(1e-4, 0.02, 1001, dtype=torch.float64)[:-1]  # B.3; EDM leaves out 0.02
+    u = (1 / (1 - beta).cumprod(0) - 1).sqrt()  # from variance preserving to variance exploding
+    return F.pad(u.flip(0), (0, 1)).float().to(device)
 
 
 class PixArtPrecond(nn.Module):
@@ -217,16 +214,13 @@ class PixArtPrecond(nn.Module):
 
 
 # ---- PixArt's files: all tensors must fit, and nothing in a file is executed ----
-def subfolder(folder, part):
-    """A diffusers pipeline has a folder for each part -> the one of this part, or `folder`."""
-    return Path(folder) / part if (Path(folder) / part).is_dir() else Path(folder)
+WEIGHTS = ("g_ema.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
-def weights_file(path):
-    """A file, a run's folder or one of diffusers -> the path of the weights."""
-    names = ("g_ema.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    files = [Path(path) / name for name in names]
-    return next((file for file in files if file.exists()), Path(path))
+def inside(folder, *names):
+    """-> the first of these names that is in the folder. If none is, the folder or file itself."""
+    paths = [Path(folder) / name for name in names]
+    return next((path for path in paths if path.exists()), Path(folder))
 
 
 def read_config(folder, name="config.json"):
@@ -241,10 +235,8 @@ def read_config(folder, name="config.json"):
 
 def read_weights(path):
     """A .safetensors, or a torch.save of tensors (.pth, .pt, .bin) -> what it holds, on the CPU."""
-    path = weights_file(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return load_saved(path)
+    path = inside(path, *WEIGHTS)
+    return load_file(path) if path.suffix == ".safetensors" else load_saved(path)
 
 
 DIFFUSERS = {  # a part of a name in diffusers: PixArt's part. Replaced in this order
@@ -276,18 +268,16 @@ def load_pixart(path, num_heads=16, prefer_ema=False):
     """PixArt-alpha at 256 or 512 -> PixArt, frozen, in float32. path: a .pth (bare, 'state_dict'
     or, if preferred, 'state_dict_ema'), the released SIM-DiT ('ema'), or a diffusers folder, which
     says num_heads. UserError, with tensors named, unless names and shapes fit and all is finite."""
-    path = subfolder(path, "transformer")
+    path = inside(path, "transformer")
     config = read_config(path) if path.is_dir() else {}
-    kinds = ("ema", "state_dict_ema", "state_dict") if prefer_ema else ("ema", "state_dict")
+    kinds = ("ema", "state_dict_ema" if prefer_ema else "state_dict")
     with reading(path, "PixArt-alpha at 256 or 512: a .pth, or a diffusers folder"):
         saved, sizes = read_weights(path), {"num_heads": num_heads}
-        kind = next((name for name in kinds if name in saved), None)
-        require(not prefer_ema or kind == "state_dict_ema", "it has no state_dict_ema")
-        tensors = saved[kind] if kind else saved
+        require(not prefer_ema or "state_dict_ema" in saved, "it has no state_dict_ema")
+        tensors = next((saved[kind] for kind in kinds if kind in saved), saved)
         state = {k.removeprefix("module.").removeprefix("model."): w for k, w in tensors.items()}
         require(len(state) == len(tensors), "the same tensor twice, with and without a prefix")
-        if kind == "ema":
-            state.pop("u", None)  # the release has the noise table in its file
+        state.pop("u", None)  # the noise table, which the release has in its file
         if path.is_dir():
             require(config.get("interpolation_scale") in (None, 1), "a model of 1024-MS")
             state = from_diffusers(state)
@@ -382,7 +372,7 @@ class VAEDecoder(nn.Module):
 
 def load_vae_decoder(folder):
     """A diffusers AutoencoderKL -> its decoder, frozen, in float32. UserError as in load_pixart."""
-    folder = subfolder(folder, "vae")
+    folder = inside(folder, "vae")
     config, state = read_config(folder), {}
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     with reading(folder, "a diffusers AutoencoderKL"):
@@ -425,7 +415,7 @@ def load_network(kind, folder, **options):
 
 def load_text_encoder(folder, dtype):
     """-> T5, tokenizer. UserError for another folder."""
-    model, words = subfolder(folder, "text_encoder"), subfolder(folder, "tokenizer")
+    model, words = inside(folder, "text_encoder"), inside(folder, "tokenizer")
     with reading(folder, "a T5 encoder: config.json, spiece.model, tokenizer_config.json, "
                  "special_tokens_map.json and the weights"):
         require((words / "spiece.model").exists(), "no spiece.model")  # else a text is one token
@@ -437,9 +427,9 @@ def load_text_encoder(folder, dtype):
 
 
 @torch.no_grad()
-def encode_batches(encoder, tokenizer, prompts, tokens, batch=16):
-    """Yields embeddings (B, tokens, C) and masks (B, tokens), 1 for valid tokens, on the CPU.
-    A longer prompt is cut, which is said."""
+def encode_each(encoder, tokenizer, prompts, tokens, batch=16):
+    """Yields the embedding (tokens, C) of each prompt and its mask (tokens,), 1 for valid tokens,
+    on the CPU. A longer prompt is cut, which is said."""
     with reading("a prompt", "text of at most 10,000 bytes"):
         require(all(len(prompt.encode()) <= 10_000 for prompt in prompts), "it is longer")
     prompts = [prompt.strip() for prompt in prompts]
@@ -449,18 +439,13 @@ def encode_batches(encoder, tokenizer, prompts, tokens, batch=16):
         text = tokenizer(prompts[first:first + batch], max_length=tokens, padding="max_length",
                          truncation=True, return_tensors="pt").to(encoder.device)
         encoded = encoder(text.input_ids, text.attention_mask).last_hidden_state
-        yield encoded.cpu(), text.attention_mask.cpu()
+        yield from zip(encoded.cpu(), text.attention_mask.cpu())
 
 
 def encode_prompts(folder, prompts, dtype=torch.float32, tokens=120, batch=16):
     """N prompts -> embeddings (N, tokens, C), masks (N, tokens). UserError if there is no T5."""
-    batches = encode_batches(*load_text_encoder(folder, dtype), prompts, tokens, batch)
-    return tuple(torch.cat(v) for v in zip(*batches))
-
-
-def without_padding(batches):
-    """What encode_batches yields -> a list of captions (L, C), which are the valid tokens."""
-    return [embedding[mask.bool()] for batch in batches for embedding, mask in zip(*batch)]
+    each = encode_each(*load_text_encoder(folder, dtype), prompts, tokens, batch)
+    return tuple(torch.stack(v) for v in zip(*each))
 
 
 def pad(captions, tokens, device="cpu"):
@@ -516,8 +501,8 @@ class Miniature(nn.Module):
 
     def encode(self, prompts):
         tokenizer = load_transformers().ByT5Tokenizer()  # a token is a byte: no file is needed
-        batches = encode_batches(self.text, tokenizer, prompts, self.net.model.tokens, 500)
-        return without_padding(batches)
+        each = encode_each(self.text, tokenizer, prompts, self.net.model.tokens, 500)
+        return [embedding[mask.bool()] for embedding, mask in each]
 
     def decode(self, x):
         return x
@@ -549,8 +534,8 @@ class Pipeline:
 
     def encode(self, prompts):
         encoder, tokenizer = load_text_encoder(self.folders["t5"], torch.bfloat16)
-        tokens = self.net.model.tokens
-        return without_padding(encode_batches(encoder.to(self.device), tokenizer, prompts, tokens))
+        each = encode_each(encoder.to(self.device), tokenizer, prompts, self.net.model.tokens)
+        return [embedding[mask.bool()] for embedding, mask in each]
 
     @torch.no_grad()
     def decode(self, latents):
@@ -584,7 +569,7 @@ def load_teacher(name, device="cpu", t5=None, vae=None, prefer_ema=False):
     path = Path({"miniature": EMBEDDED, "pixart": PIXART}.get(name, name))
     require(path.exists(), f"--teacher {name}: no {path}; names are auto, miniature, pixart")
     pipeline, _, meta = load_pipeline(path, device, t5, vae, prefer_ema)
-    file = weights_file(subfolder(path, "transformer"))
+    file = inside(inside(path, "transformer"), *WEIGHTS)
     facts = {"teacher": name if name in ("miniature", "pixart") else str(path.resolve()),
              "teacher_sha256": sha256(file), **getattr(pipeline, "folders", {})}
     weights = sum(w.numel() for w in pipeline.net.parameters())
@@ -600,11 +585,9 @@ class Guided(nn.Module):
         super().__init__()
         self.net, self.guidance = net, guidance
         self.image_shape, self.tokens = net.model.image_shape, net.model.tokens
-        empty, empty_mask = net.model.y_embedder.y_embedding, None
-        if empty is None and blank is not None:
-            empty, empty_mask = pad([blank], self.tokens, next(net.parameters()).device)
-        self.register_buffer("empty", empty)
-        self.register_buffer("empty_mask", empty_mask)
+        self.empty, self.empty_mask = net.model.y_embedder.y_embedding, None
+        if self.empty is None:
+            self.empty, self.empty_mask = pad([blank], self.tokens, next(net.parameters()).device)
 
     def forward(self, x, t, caption, mask):
         if self.guidance == 1:
@@ -744,7 +727,7 @@ def prepare(args, folder, pipeline, facts):
     return Run(args, folder, facts, generator, net_args, **parts)
 
 
-def distil(args, run, d_q, captions, test, train=train):
+def distil(args, run, d_q, captions, test, more=()):
     """Train, with looks at the generator; then teacher and one step side by side."""
     for net in (run.d_psi, run.g, d_q.net):
         net.model.checkpointing = args.checkpointing
@@ -758,7 +741,7 @@ def distil(args, run, d_q, captions, test, train=train):
 
     if run.step == 0 and run.is_first:
         run.write(**evaluate())
-    train(args, d_q, captions, run, evaluate)
+    train(args, d_q, captions, run, evaluate, more)
     if run.is_first:
         summarise(args, run, d_q, test)
 
@@ -774,9 +757,8 @@ def summarise(args, run, d_q, test):
     seconds = run.finish(**rows)["seconds"]
     for name, row in rows.items():
         print(f"{name:18}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
-    prompt = shlex.quote(test.prompts[0])
     print(f"{seconds:.0f} s; {run.folder}/samples.png: the teacher above one step\n"
-          f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {prompt}")
+          f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {test.prompts[0]!r}")
     if "fd_real" in test.meta:
         print(f"next: python lab/shapes.py {run.folder}     are shapes and colours right?")
 
@@ -861,8 +843,7 @@ def distil_by_command(parser, argv, device, more=(), test=Test):
     run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
         d_q = Guided(pipeline.net, args.guidance, blank)
-        distil(args, run, d_q, captions, test(pipeline, prompts, captions, meta),
-               partial(train, more=more))
+        distil(args, run, d_q, captions, test(pipeline, prompts, captions, meta), more)
 
 
 @one_line_errors

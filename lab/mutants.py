@@ -102,7 +102,7 @@ MUTATIONS = {
         "B.3: lr 5e-5": '"lr": <<5e-6 => 5e-5>>',
         "B.3: mean -1.2": '"p_mean": <<-2.0 => -1.2>>,',
         "B.3: no checkpointing": '"checkpointing": <<True => False>>',
-        "noise table: beta_end 0.03": "beta = <<0.02 => 0.03>> + (1e-4 - <<0.02 => 0.03>>)"},
+        "noise table: beta_end 0.03": "torch.linspace(1e-4, <<0.02 => 0.03>>, 1001"},
     "03_pixart_t2i.py  tests/test_t2i.py -k update_draws": {
         "stage 3: z not times t*": "(<<args.t_star *  => >>z, t",
         "stage 3: theta's times from psi's flags": '<<if phase == "psi" else => #>> (args.p_mean',

@@ -153,7 +153,7 @@ def check_run(args):
             "one step": t2i.sample_one_step(g, t_star, z, *cond)}
     if args.teacher_too:
         d_q = t2i.load_teacher(meta["teacher"], device)[0].net
-        guided = t2i.Guided(d_q, meta["guidance"]).to(device)
+        guided = t2i.Guided(d_q, meta["guidance"])
         sets["teacher, 14 steps"] = t2i.sample_teacher(guided, z, *cond)
     rows = {name: prompt_accuracy(x.cpu(), prompts) for name, x in sets.items()}
     print(f"{len(prompts)} images".ljust(25), *[f"{key:>10}" for key in rows["one step"]])

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
-                    draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
-                    load_generator, make_generator_loss, make_parser, make_parts, micro_batches,
-                    one_line_errors, p_edm, pick_device, progress, reading, require, sample_path,
-                    save, save_picture, seed_step, sim_loss, sliced_w2, train_only, update)
+                    draw_batch, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
+                    load_generator, make_generator_loss, make_parser, make_parts, one_line_errors,
+                    p_edm, pick_device, progress, reading, require, sample_path, save, save_picture,
+                    seed_step, sim_loss, sliced_w2, train_only, update)
 
 import numpy as np
 import torch
@@ -241,24 +241,13 @@ def prepare(args, folder, net, net_args=None, **facts):
                **parts, learned=learned)
 
 
-def draw_batch(args, device, phase, random):
-    """An update's micro-batches [(z, t, eps, cond)], for phase "psi" or "theta". cond is empty."""
-    where, column = {"device": device, "generator": random}, (args.batch, 1)
-    z, eps = [torch.randn(args.batch, 2, **where) for _ in range(2)]
-    t = draw_times(args, phase, column, **where)
-    return micro_batches((args.t_star * z, t, eps, eps[:, :0]), args.batch_gpu)
-
-
 def train(args, d_q, run, evaluate):
     """Algorithm 2. d_q is frozen; d_psi and g started as copies of the pretrained denoiser."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
     generator_loss, distance = make_generator_loss(args, WRONG)
-    weight_psi, device = lambda_edm, next(g.parameters()).device
-    draw = partial(draw_batch, args, device)
+    weight_psi, t_star, device = lambda_edm, args.t_star, next(g.parameters()).device
+    draw = partial(draw_batch, args, (2,), 0)  # points in the plane, without classes
     bind = lambda denoiser, cond: denoiser  # -> (x_t, t) -> denoised; points have no condition
-
-    def generate(g, z, cond):
-        return g(z, args.t_star)  # (B.4)
 
     for step in run.steps():
         random = seed_step(args.seed, step, device)
@@ -268,7 +257,7 @@ def train(args, d_q, run, evaluate):
         for _ in range(args.psi_updates):
             for z, t, eps, cond in draw("psi", random):
                 with torch.no_grad():
-                    x_0 = generate(g, z, cond)
+                    x_0 = bind(g, cond)(z, t_star)
                 loss_psi = dsm_loss(bind(d_psi, cond), x_0, t, eps, weight_psi)  # (B.2)
                 run.add(loss_psi=loss_psi)
                 (loss_psi.sum() / args.batch).backward()
@@ -276,7 +265,7 @@ def train(args, d_q, run, evaluate):
 
         train_only(g, frozen=d_psi)
         for z, t, eps, cond in draw("theta", random):
-            x_0 = generate(g, z, cond)
+            x_0 = bind(g, cond)(z, t_star)  # (B.4), (B.15)
             loss_theta, y_t = generator_loss(bind(d_psi, cond), bind(d_q, cond), x_0, t, eps=eps)
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
                     y_norm=y_t.flatten(1).norm(dim=1))
@@ -431,7 +420,6 @@ def main(argv=None):
         return sample(args)
     device, folder = pick_device(args.device), Run.default_folder(args, args.mixture)
     if args.part == "theorem":
-        folder.mkdir(parents=True, exist_ok=True)
         return save(theorem(args.thorough), folder / "theorem.json")
     torch.manual_seed(args.seed)
     net = make_denoiser().to(device)

@@ -16,12 +16,12 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, as_denoiser, distance_to_truth, draw_latents, draw_times,
+from common import (EDMPrecond, Run, as_denoiser, distance_to_truth, draw_batch, draw_latents,
                     dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid, lambda_edm,
                     load_frozen, load_generator, load_saved, make_generator_loss, make_parser,
-                    make_parts, micro_batches, one_line_errors, pick_device, progress, reading,
-                    require, sample_path, save, save_picture, seed_step, sha256, sliced_w2,
-                    to_uint8, train_only, update, write_samples)
+                    make_parts, one_line_errors, pick_device, progress, reading, require,
+                    sample_path, save, save_picture, seed_step, sha256, sliced_w2, to_uint8,
+                    train_only, update, write_samples)
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ PRESETS = {
         "save_every": 100, "log_every": 10}}
 FASHION, JUDGE = [Path(__file__).parent / "assets" / f"fashion_{name}.pt"
                   for name in ("teacher", "judge")]  # lab/teachers.py made both
-GONE = "version 1's drawn shapes are no longer here, and fashion took their place (lab/SHAPES.md)"
 LOOK, FINAL = 500, 10_000  # generated images that the judge sees at a look, and at the end
 VP = {"img_resolution": 32, "augment_dim": 9, "dropout": 0.13}
 VE = VP | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual",
@@ -394,11 +393,10 @@ def compare_with_teacher(d_q, path, n=1000):
     are not finite."""
     if not path.exists():
         seeds = range(10**6, 10**6 + 2 * n)  # not those of the generator's images
-        latents = draw_latents(seeds, d_q.image_shape, d_q.label_dim)
         device = next(d_q.parameters()).device
-        batches = zip(*[v.to(device).split(100) for v in latents])
-        x = [sample_teacher(d_q, *batch).cpu()
-             for batch in progress(batches, "samples of the teacher", total=n // 50)]
+        latents = draw_latents(seeds, d_q.image_shape, d_q.label_dim, device=device)
+        batches = list(zip(*[v.split(100) for v in latents]))
+        x = [sample_teacher(d_q, *batch).cpu() for batch in progress(batches, "teacher's samples")]
         require(all(v.isfinite().all() for v in x),
                 "samples of the teacher are not finite: look at it with lab/check_teacher.py")
         save({"images": torch.cat(x)}, path)
@@ -430,7 +428,6 @@ def load_denoiser(path, teacher=None, several=False):
     net, t_star, meta = load_generator(path, build, "cpu" if function else "meta")
     require(several or meta.get("segments", 1) == 1,
             f"{path} takes several evaluations: lab/neighbours_images.py draws its samples")
-    require(meta.get("teacher") != "shapes", f"{path}: {GONE}")
     return net, t_star, meta
 
 
@@ -462,7 +459,6 @@ def load_teacher(name):
     if name in CIFAR:
         path = fetch(URL.format(name if "-" in name else f"{name}-vp"))
     path = path / "g_ema.pt" if path.is_dir() else path
-    require(name != "shapes" or path.exists(), f"--teacher shapes: {GONE}")
     require(path.exists(), f"--teacher {name}: no such file, and none of fashion, "
             f"{', '.join(CIFAR)} or package.module:function")
     net, _, meta = load_denoiser(path)
@@ -501,11 +497,9 @@ def on_screen(net, x):
 
 
 def picture(columns, rows=10):
-    """Sets of images (N, C, H, W) beside each other, enlarged to about 600 pixels in height. White
-    images fill the last row. -> a Pillow image"""
-    white = -len(columns[0]) % rows
-    filled = [torch.cat([x, x.new_ones(white, *x.shape[1:])]) for x in columns]
-    blocks = [image_grid(x, len(x) // rows) for x in filled]
+    """Sets of images (N, C, H, W) beside each other, enlarged to about 600 pixels in height. -> a
+    Pillow image"""
+    blocks = [image_grid(x, math.ceil(len(x) / rows)) for x in columns]
     gap, zoom = 4, max(1, 600 // blocks[0].height)
     wide = Image.new("RGB", (sum(b.width + gap for b in blocks) - gap, blocks[0].height), "white")
     for i, block in enumerate(blocks):
@@ -514,29 +508,14 @@ def picture(columns, rows=10):
 
 
 # ---- Distillation ----
-def draw_batch(args, d_q, phase, random):
-    """An update's micro-batches on this rank [(z, t, eps, cond)], for phase "psi" or "theta". cond
-    is one-hot labels, drawn uniformly: no data are needed."""
-    where = {"device": random.device, "generator": random}
-    shape, column = (args.batch, *d_q.image_shape), (args.batch, 1, 1, 1)
-    z, eps = [torch.randn(shape, **where) for _ in range(2)]
-    t = draw_times(args, phase, column, **where)
-    labels = z.new_zeros(args.batch, d_q.label_dim)
-    if d_q.label_dim:
-        labels.scatter_(1, torch.randint(d_q.label_dim, (args.batch, 1), **where), 1)
-    return micro_batches((args.t_star * z, t, eps, labels), args.batch_gpu)
-
-
 def train(args, d_q, run, evaluate):
     """Algorithm 2. d_q is frozen (load_teacher); d_psi and g started as copies of d_q."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
     generator_loss, distance = make_generator_loss(args)
     weight_psi, device = lambda_edm, next(g.parameters()).device
-    draw, bind = partial(draw_batch, args, d_q), partial(bind_labels, amp=args.amp)
+    draw = partial(draw_batch, args, d_q.image_shape, d_q.label_dim)
+    bind = partial(bind_labels, amp=args.amp)
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
-
-    def generate(g, z, cond):
-        return bind(g, cond)(z, t_star)  # (B.4)
 
     for step in run.steps():
         random = seed_step(args.seed, step, device)
@@ -546,7 +525,7 @@ def train(args, d_q, run, evaluate):
         for _ in range(args.psi_updates):
             for z, t, eps, cond in draw("psi", random):
                 with torch.no_grad():
-                    x_0 = generate(g, z, cond)
+                    x_0 = bind(g, cond)(z, t_star)
                 loss_psi = dsm_loss(bind(d_psi, cond), x_0, t, eps, weight_psi)  # (B.2)
                 run.add(loss_psi=loss_psi)
                 (loss_psi.sum() / args.batch).backward()
@@ -554,7 +533,7 @@ def train(args, d_q, run, evaluate):
 
         train_only(g, frozen=d_psi)
         for z, t, eps, cond in draw("theta", random):
-            x_0 = generate(g, z, cond)
+            x_0 = bind(g, cond)(z, t_star)  # (B.4), (B.15)
             loss_theta, y_t = generator_loss(bind(d_psi, cond), bind(d_q, cond), x_0, t, eps=eps)
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
                     y_norm=y_t.flatten(1).norm(dim=1))
@@ -585,11 +564,11 @@ def distil(args, run, d_q, examiner, train=train, sample=sample_one_step):
         net.compile()
     classes, shape, device = d_q.label_dim, d_q.image_shape, next(d_q.parameters()).device
     by_rows = [row % classes for row in range(10) for _ in range(8)] if classes else None
-    shown = [v.to(device) for v in draw_latents(range(80), shape, classes, by_rows)]
+    shown = draw_latents(range(80), shape, classes, by_rows, device)
     one_step = partial(sample, run.g_ema, args.t_star)
 
     def examine(n):
-        z, labels = [v.to(device) for v in draw_latents(range(n), shape, classes)]
+        z, labels = draw_latents(range(n), shape, classes, device=device)
         return examiner.ask(one_step(z, labels), labels)
 
     def draw(*sets):
@@ -641,8 +620,7 @@ def sample(args, device, several=None):
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
     seeds, sets = range(args.seed, args.seed + args.n), {}
-    latents = draw_latents(seeds, g.image_shape, g.label_dim, args.classes)
-    z, labels = [v.to(device) for v in latents]
+    z, labels = draw_latents(seeds, g.image_shape, g.label_dim, args.classes, device)
     if args.teacher_sample:
         name = args.teacher or meta.get("teacher", "")
         # A file may name a function of the user's, but only the command line has it imported.
@@ -664,11 +642,6 @@ def sample(args, device, several=None):
 
 
 # ---- The command line ----
-def class_list(text):
-    """An argparse type: "0,3,7" -> [0, 3, 7]"""
-    return [int(word) for word in text.split(",")]
-
-
 def stage_parser(doc=__doc__, methods=()):
     parser = make_parser(doc, methods, images=True, **PRESETS["fashion"])
     add = parser.add_argument_group("stage 2").add_argument
@@ -680,7 +653,7 @@ def stage_parser(doc=__doc__, methods=()):
         "teacher, else paper (Table 5)")
     add("--p-theta", choices=("lognormal", "karras"), help="g's noise levels: (B.10) or (B.8)")
     add("--dropout", type=float, help="in the network that learns (SiD: 0.13)")
-    add("--classes", type=class_list, help="of --sample, as 0,3,7, in turn; random unless given")
+    add("--classes", type=int, nargs="+", help="of --sample, in turn; random unless given")
     add("--teacher-sample", action="store_true", help="--sample: the teacher's images beside")
     return parser
 

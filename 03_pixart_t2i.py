@@ -629,7 +629,7 @@ class Test:
         captions = pipeline.encode(self.prompts) if "tested" in meta else captions[:8]
         model, device = pipeline.net.model, next(pipeline.net.parameters()).device
         self.cond = pad(captions, model.tokens, device)
-        self.z = draw_latents(range(len(captions)), model.image_shape)[0].to(device)
+        self.z, _ = draw_latents(range(len(captions)), model.image_shape, device=device)
 
     def __call__(self, solve):
         begun, figures = time.perf_counter(), {}
@@ -686,9 +686,6 @@ def train(args, d_q, captions, run, evaluate, more=()):
     device = next(g.parameters()).device
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
 
-    def generate(g, z, cond):
-        return bind(g, cond)(z, t_star)  # (B.15)
-
     for step in run.steps():
         random = seed_step(args.seed, step, device)
         fall = 1 - step / args.steps if args.anneal == "linear" else 1
@@ -697,7 +694,7 @@ def train(args, d_q, captions, run, evaluate, more=()):
         for _ in range(args.psi_updates):
             for z, t, eps, cond in draw("psi", random):
                 with torch.no_grad():
-                    x_0 = generate(g, z, cond)
+                    x_0 = bind(g, cond)(z, t_star)
                 loss_psi = dsm_loss(bind(d_psi, cond), x_0, t, eps, weight_psi)  # (B.2)
                 run.add(loss_psi=loss_psi)
                 (loss_psi.sum() / args.batch).backward()
@@ -705,7 +702,7 @@ def train(args, d_q, captions, run, evaluate, more=()):
 
         train_only(g, frozen=d_psi)
         for z, t, eps, cond in draw("theta", random):
-            x_0 = generate(g, z, cond)
+            x_0 = bind(g, cond)(z, t_star)  # (B.4), (B.15)
             loss_theta, y_t = generator_loss(bind(d_psi, cond), bind(d_q, cond), x_0, t, eps=eps)
             run.add(loss_theta=loss_theta, divergence=distance.d(y_t),
                     y_norm=y_t.flatten(1).norm(dim=1))

@@ -82,8 +82,7 @@ def power(alpha=4):
 
 
 def exp(alpha=2, beta=0.1):
-    """exp(beta sum of y_i^alpha) - 1. UserError unless beta > 0 and alpha is as in power."""
-    require(0 < beta < math.inf, f"beta must be a positive number, got {beta}")
+    """exp(beta sum of y_i^alpha) - 1. UserError unless alpha is as in power."""
     inner = power(alpha)
     return Distance(lambda y: torch.expm1(beta * inner.d(y)),
                     lambda y: beta * expand_as(torch.exp(beta * inner.d(y)), y) * inner.d_prime(y))
@@ -96,25 +95,22 @@ def l1():
 
 
 def smoothl1(scale=0.5):
-    """The sum of sqrt(y_i^2 + scale^2) - scale: l1 without the jump, and exact. UserError unless
-    scale > 0. d is written as a quotient, which is the same number without cancellation near 0."""
-    require(0 < scale < math.inf, f"scale must be a positive number, got {scale}")
+    """The sum of sqrt(y_i^2 + scale^2) - scale: l1 without the jump, and exact. d is written as a
+    quotient, which is the same number without cancellation near 0."""
     return Distance(lambda y: batch_sum(y**2 / ((y**2 + scale**2).sqrt() + scale)),
                     lambda y: y / (y**2 + scale**2).sqrt())
 
 
 def huber(delta=1.0):
-    """Sum of y_i^2 / 2, or delta (|y_i| - delta / 2) if |y_i| > delta. UserError if delta <= 0."""
-    require(0 < delta < math.inf, f"delta must be a positive number, got {delta}")
+    """Sum of y_i^2 / 2, or delta (|y_i| - delta / 2) if |y_i| > delta."""
     return Distance(lambda y: batch_sum(F.huber_loss(y, torch.zeros_like(y), "none", delta)),
                     lambda y: y.clamp(-delta, delta))
 
 
 def phuber(c=0.001):
     """Pseudo-Huber (3.8), sqrt(|y|^2 + c^2) - c, where |y| is the norm of the whole sample, written
-    as a quotient as in smoothl1. UserError unless c > 0. The paper does not say what c is; 0.001 is
-    "a common value", says an answer in issue 5 of maple-research-lab/SIM."""
-    require(0 < c < math.inf, f"c must be a positive number, got {c}")
+    as a quotient as in smoothl1. The paper does not say what c is; 0.001 is "a common value", says
+    an answer in issue 5 of maple-research-lab/SIM."""
     norm = lambda y: (batch_sum(y**2) + c**2).sqrt()
     return Distance(lambda y: batch_sum(y**2) / (norm(y) + c), lambda y: y / expand_as(norm(y), y))
 
@@ -131,8 +127,8 @@ def parse_distance(text):
     settings = {key: parameter.default for key, parameter in takes.items()}
     for key, _, value in (pair.partition("=") for pair in pairs):
         require(key in takes, f"{name} takes {', '.join(takes) or 'no parameter'}, no {key!r}")
-        with reading(f"{name}'s {key}={value}", "a number"):
-            settings[key] = float(value)
+        with reading(f"{name}'s {key}={value}", "a positive number"):
+            settings[key] = positive(value)
     full = ",".join([name, *[f"{key}={value:.10g}" for key, value in settings.items()]])
     return full, DISTANCES[name](**settings)
 
@@ -170,6 +166,18 @@ def draw_times(args, phase, shape, **where):
     else:
         t = p_edm(shape, args.p_mean, args.p_std, **where)  # (B.10)
     return t.clamp(max=args.t_max)
+
+
+def draw_batch(args, shape, classes, phase, random):
+    """An update's micro-batches on this rank [(z, t, eps, cond)], for phase "psi" or "theta". cond
+    is one-hot labels (B, classes), drawn uniformly: no data are needed."""
+    where = {"device": random.device, "generator": random}
+    z, eps = [torch.randn(args.batch, *shape, **where) for _ in range(2)]
+    t = draw_times(args, phase, (args.batch, *[1] * len(shape)), **where)
+    labels = z.new_zeros(args.batch, classes)
+    if classes:
+        labels.scatter_(1, torch.randint(classes, (args.batch, 1), **where), 1)
+    return micro_batches((args.t_star * z, t, eps, labels), args.batch_gpu)
 
 
 def lambda_edm(t, sigma_data=0.5):
@@ -428,15 +436,15 @@ def seed_step(seed, step, device="cpu"):
     return torch.Generator(device).manual_seed(number(seed, step, 0))
 
 
-def draw_latents(seeds, shape, classes=0, labels=None):
+def draw_latents(seeds, shape, classes=0, labels=None, device="cpu"):
     """One seed for each image, so that no image depends on the size of a batch. -> standard normal
     z (n, *shape) and one-hot labels (n, classes): random, or those of the list `labels` in turn."""
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
-    z = torch.stack([torch.randn(shape, generator=random) for random in randoms])
+    z = torch.stack([torch.randn(shape, generator=random) for random in randoms]).to(device)
     if not classes:
         return z, z.new_zeros(len(z), 0)
     labels = labels or [int(torch.randint(classes, (), generator=random)) for random in randoms]
-    labels = torch.tensor([labels[i % len(labels)] for i in range(len(z))])
+    labels = torch.tensor([labels[i % len(labels)] for i in range(len(z))], device=device)
     return z, F.one_hot(labels, classes).float()
 
 
@@ -532,7 +540,7 @@ def reading(path, expected):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:240]
         raise UserError(f"{path} cannot be used ({reason}): expected {expected}") from error
 
 
@@ -716,18 +724,12 @@ def load_frozen(build, net_args, state, device="meta"):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
     FROZEN: a teacher from a file comes from here, so that none of its weights gets a gradient.
     On the meta device nothing is allocated for a file that declares more than it holds.
-    UserError unless names and shapes fit and all is finite."""
+    An error, of which `reading` makes one line, unless names and shapes fit and all is finite."""
     with torch.device(device):
         net = build(**net_args)
-    shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
-    missing, more = sorted(shapes.keys() - state), sorted(map(str, state.keys() - shapes))
-    require(not missing, f"{len(missing)} tensors are missing: {missing[:3]}")
-    require(not more, f"{len(more)} tensors are superfluous: {more[:3]}")
-    for name, w in state.items():
-        require(w.shape == shapes[name], f"{name} is {tuple(w.shape)}, expected {shapes[name]}")
     state = {name: w.to(torch.float32, copy=True) for name, w in state.items()}
     require(all(w.isfinite().all() for w in state.values()), "weights that are not finite")
-    net.load_state_dict(state, assign=True)
+    net.load_state_dict(state, assign=True)  # RuntimeError unless all names and shapes fit
     return net.eval().requires_grad_(False)
 
 
@@ -759,7 +761,7 @@ class Run:
             lines = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= self.step]
             with atomic(self.log) as temporary:
                 temporary.write_text("".join(lines if self.step else []))
-        self.first_step = self.written_step = self.saved_step = self.step
+        self.written_step = self.saved_step = self.step
         self.begun = self.written = self.paused = time.monotonic()
 
     @staticmethod
@@ -821,8 +823,6 @@ class Run:
                     part.load_state_dict(state[name])
                 else:
                     load_moments(part, state[name])
-        if self.is_first and not (self.folder / "g_ema.pt").exists():
-            self.save_generator()  # a lost one
         if self.step < self.args.steps:
             print(f"{self.folder} goes on from step {self.step} of {self.args.steps}")
 
@@ -855,9 +855,7 @@ class Run:
             self.step += 1  # from here on run.step counts the update that is under way
             yield self.step - 1
             self.bar.update()
-            stop = self.signal
-            if dist.is_initialized():  # all ranks stop after the same update
-                stop = sum_over_ranks(torch.tensor(stop)).item()
+            stop = sum_over_ranks(torch.tensor(self.signal)).item()  # all ranks stop, or none
             if stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
                 self.save()
             if stop:
@@ -880,8 +878,7 @@ class Run:
         means = torch.stack([v.detach().float().mean() for v in tensors.values()]).tolist()
         for name, mean in zip(tensors, means):
             self.require_finite(math.isfinite(mean), f"{name} is {mean}")
-            total, number = self.values.get(name, (0.0, 0))
-            self.values[name] = total + mean, number + 1
+            self.values.setdefault(name, []).append(mean)
 
     def require_finite(self, finite, what):
         require(finite, f"step {self.step}: {what}; the last good checkpoint is step "
@@ -896,19 +893,16 @@ class Run:
 
     def write(self, **values):
         """A line of log.jsonl and of the screen: the means of what was collected, then `values`."""
-        means = {name: total / number for name, (total, number) in self.values.items()}
+        means = {name: sum(v) / len(v) for name, v in self.values.items()}
         rate = (self.step - self.written_step) / max(self.paused - self.written, 1e-9)
         line = {"step": self.step, **means, **values, "images": self.step * self.args.batch,
                 "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1)}
-        done, to_go = self.step - self.first_step, ""
-        if done:  # the first line has no update to judge by
-            seconds_a_step = (time.monotonic() - self.begun) / done
-            line["eta"] = round(seconds_a_step * (self.args.steps - self.step))
-            to_go = f"  {line['eta']} s to go"
+        if self.step:  # the first line has no update to judge by
+            line["eta"] = round(self.elapsed() / self.step * (self.args.steps - self.step))
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         text = "  ".join(f"{key} {value:.4g}" for key, value in (means | values).items())
-        tqdm.write(f"step {self.step}/{self.args.steps}  {text}{to_go}")
+        tqdm.write(f"step {self.step}/{self.args.steps}  {text}  {line.get('eta', '?')} s to go")
         sys.stdout.flush()
         self.values, self.written_step, self.written = {}, self.step, time.monotonic()
 
@@ -965,11 +959,12 @@ def to_uint8(x):
 
 def image_grid(images, columns=1):
     """Images (N, C, H, W), uint8 or in [-1, 1] -> a Pillow image, row by row. What is left of the
-    last row is black. The first three channels are shown as RGB, or the first one as grey."""
+    last row is white. The first three channels are shown as RGB, or the first one as grey."""
     images = to_uint8(images) if images.is_floating_point() else images
     channels = 3 if images.shape[1] >= 3 else 1
     images = images[:, :channels]
-    images = torch.cat([images, images.new_zeros(-len(images) % columns, *images.shape[1:])])
+    white = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
+    images = torch.cat([images, white])
     grid = rearrange(images, "(r c) ch h w -> (r h) (c w) ch", c=columns)
     return Image.fromarray(grid.squeeze(2).cpu().numpy())
 

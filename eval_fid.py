@@ -143,8 +143,7 @@ def generated(path, args, device):
     net.to(device)
 
     def read(numbers):
-        z, labels = draw_latents(numbers, net.image_shape, net.label_dim)
-        x = sample(z.to(device), labels.to(device))
+        x = sample(*draw_latents(numbers, net.image_shape, net.label_dim, device=device))
         require(x.isfinite().all(), f"{name}: images are not finite, expected a trained network")
         return to_uint8(edm.on_screen(net, x))
     return Images(name, read, tuple(net.image_shape), 0, digest)

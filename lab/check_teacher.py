@@ -126,8 +126,7 @@ def main(argv=None):
     device = pick_device(args.device)
     d_q = edm.load_teacher(args.teacher)[0].to(device)
     torch.manual_seed(0)
-    latents = draw_latents(range(args.n), d_q.image_shape, d_q.label_dim)
-    z, labels = [v.to(device) for v in latents]
+    z, labels = draw_latents(range(args.n), d_q.image_shape, d_q.label_dim, device=device)
     check_large_noise(d_q, labels)
     x_0 = edm.sample_teacher(d_q, z, labels)
     require(x_0.isfinite().all() and x_0.std() > 0, "samples of the teacher are not finite, or "

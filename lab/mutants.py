@@ -90,9 +90,10 @@ MUTATIONS = {
         "Table 5: t* = 1": '"none", "t_star": <<2.5 => 1.0>>',
         "(B.10): mean -1.2": '"p_mean": <<-3.5 => -1.2>>',
         "SiD's code: alpha = 1": '"sid_alpha": <<1.2 => 1.0>>'},
-    "02_edm_cifar.py  tests/test_edm.py -k train_is": {
+    "common.py  tests/test_edm.py -k train_is": {
         "stage 2: z not times t*": "(<<args.t_star *  => >>z, t",
-        "stage 2: always class 0": "torch.randint(<<d_q.label_dim => 1>>, (args",
+        "stage 2: always class 0": "torch.randint(<<classes => 1>>, (args"},
+    "02_edm_cifar.py  tests/test_edm.py -k train_is": {
         "stage 2: --dropout ignored": "layer.dropout = <<args.dropout => 0.0>>"},
     "02_edm_cifar.py  tests/test_edm.py -k 'labels or test_sampling'": {
         "U-Net: label dropout inverted": "<<>= => <>> self.label_dropout)",

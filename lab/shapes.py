@@ -148,7 +148,7 @@ def check_run(args):
     g, prompts = miniature.net, tested_prompts()[:args.n]
     captions = miniature.encode([caption_of(prompt) for prompt in prompts])
     cond = t2i.pad(captions, g.model.tokens, device)
-    z = draw_latents(range(len(prompts)), g.model.image_shape)[0].to(device)
+    z, _ = draw_latents(range(len(prompts)), g.model.image_shape, device=device)
     sets = {"true images": draw_tested(len(prompts), 2),
             "one step": t2i.sample_one_step(g, t_star, z, *cond)}
     if args.teacher_too:

@@ -122,8 +122,7 @@ def train_unet(args, device):
 def judge_teacher(net, judge):
     """-> what stage 2 shows beside a run: the judge's figures of the teacher with 35 evaluations"""
     device = next(net.parameters()).device
-    z, labels = [v.to(device) for v in draw_latents(range(edm.FINAL), net.image_shape,
-                                                    net.label_dim)]
+    z, labels = draw_latents(range(edm.FINAL), net.image_shape, net.label_dim, device=device)
     pieces = list(zip(z.split(250), labels.split(250)))
     x = torch.cat([edm.sample_teacher(net, *piece) for piece in progress(pieces, "35 evaluations")])
     judged = {f"{key}_teacher": v for key, v in edm.grade(judge, x, labels).items()}

@@ -262,8 +262,12 @@ def test_statistics_stand_for_their_images(evaluate, place, tmp_path):
 
 def test_statistics_of_a_generator_have_seeds_of_no_trial(evaluate, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(eval_fid, "draw_latents",
-                        lambda seeds, *v: seen.extend(seeds) or draw_latents(seeds, *v))
+
+    def draw(seeds, *arguments, **options):
+        seen.extend(seeds)
+        return draw_latents(seeds, *arguments, **options)
+
+    monkeypatch.setattr(eval_fid, "draw_latents", draw)
     evaluate("g.pt", "--stats", tmp_path / "x.npz", "--n", 10)
     assert sorted(set(seen) - {0}) == [*range(10**9, 10**9 + 10)]
 

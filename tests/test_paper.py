@@ -17,8 +17,8 @@ import common
 from common import (DISTANCES, EDMPrecond, UserError, check_batch, di_loss, draw_latents, dsm_loss,
                     edm_sampler, ema_beta, ema_update, exp, frechet_distance, huber, l1, l2,
                     lambda_edm, load_frozen, load_generator, make_generator_loss, micro_batches,
-                    moments, p_edm, p_karras, parse_distance, phuber, power, seed_step, sid_loss,
-                    sidwgt, sim_loss, smoothl1, train_only, update)
+                    moments, p_edm, p_karras, parse_distance, phuber, power, reading, seed_step,
+                    sid_loss, sidwgt, sim_loss, smoothl1, train_only, update)
 
 
 t2i = importlib.import_module("03_pixart_t2i")
@@ -84,8 +84,8 @@ def test_parse_distance(text, full, same_as):
     ("phuber,c=a", "c=a"), ("phuber,c", "c="), ("phuber,", "takes c"), ("phuber,c=-1", "positive"),
     ("phuber,c=0", "positive"), ("phuber,c=nan", "positive"), ("phuber,c=inf", "positive"),
     ("exp,beta=nan", "positive"), ("exp,beta=0", "positive"), ("exp,alpha=3", "even"),
-    ("power,alpha=3", "even"), ("power,alpha=0", "even"), ("power,alpha=-2", "even"),
-    ("power,alpha=2.5", "even"), ("power,alpha=nan", "even"), ("huber,delta=0", "positive"),
+    ("power,alpha=3", "even"), ("power,alpha=0", "positive"), ("power,alpha=-2", "positive"),
+    ("power,alpha=2.5", "even"), ("power,alpha=nan", "positive"), ("huber,delta=0", "positive"),
     ("smoothl1,scale=-1", "positive")])
 def test_parse_distance_refuses(text, names):
     with pytest.raises(UserError, match=names) as error:
@@ -480,14 +480,14 @@ def test_load_frozen():
 
 
 @pytest.mark.parametrize("change, text", [
-    ({"weight": None}, r"1 tensors are missing: \['weight'\]"),
-    ({"more": torch.ones(1)}, r"1 tensors are superfluous: \['more'\]"),
-    ({"weight": torch.ones(2, 4)}, r"weight is \(2, 4\), expected \(2, 3\)"),
+    ({"weight": None}, 'Missing key.*"weight"'),
+    ({"more": torch.ones(1)}, 'Unexpected key.*"more"'),
+    ({"weight": torch.ones(2, 4)}, "size mismatch for weight"),
     ({"bias": torch.tensor([0.0, math.nan])}, "not finite"),
     ({"bias": torch.tensor([0.0, math.inf])}, "not finite")])
 def test_load_frozen_refuses(change, text):
     state = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)} | change
-    with pytest.raises(UserError, match=text):
+    with pytest.raises(UserError, match=text), reading("a file", "a network"):
         load_frozen(linear, {}, {name: w for name, w in state.items() if w is not None})
 
 

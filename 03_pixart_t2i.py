@@ -303,71 +303,22 @@ def net_args_of(state):
             "caption_tokens": XL_2["caption_tokens"] if empty is None else len(empty)}
 
 
-# ---- From latents to pixels: the decoder of sd-vae-ft-ema, with diffusers' names ----
-vae_norm = partial(nn.GroupNorm, eps=1e-6)
-
-
-class VAEResnet(nn.Module):
-    """A residual block, x (B, c_in, H, W) -> (B, c_out, H, W)."""
-    def __init__(self, c_in, c_out, groups):
-        super().__init__()
-        self.norm1, self.conv1 = vae_norm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = vae_norm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class VAEAttention(nn.Module):
-    """One head of self-attention over all pixels, residual: x (B, C, H, W) -> the same shape."""
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.group_norm = vae_norm(groups, channels)
-        self.to_q, self.to_k, self.to_v = [nn.Linear(channels, channels) for _ in range(3)]
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x):
-        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
-        q, k, v = [layer(h)[:, None] for layer in (self.to_q, self.to_k, self.to_v)]
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + rearrange(self.to_out[0](h[:, 0]), "b (h w) c -> b c h w", h=x.shape[2])
-
-
+# ---- From latents to pixels: the decoder of sd-vae-ft-ema, which diffusers has ----
 class VAEDecoder(nn.Module):
-    """latents (B, 4, H, W), as sampled -> images (B, 3, 8H, 8W), in about [-1, 1], not clamped."""
-    def __init__(self, channels, layers, groups, latent_channels=4, scaling_factor=0.18215):
+    """latents (B, 4, H, W), as sampled -> images (B, 3, 8H, 8W), in about [-1, 1], not clamped. The
+    arguments have the names of the VAE's config.json, of which most is for its encoder."""
+    def __init__(self, block_out_channels, layers_per_block, norm_num_groups, latent_channels=4,
+                 scaling_factor=0.18215, **of_the_encoder):
         super().__init__()
-        self.scaling_factor, top = scaling_factor, channels[-1]
+        from diffusers.models.autoencoders.vae import Decoder  # takes seconds to import
+        self.scaling_factor = scaling_factor
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        ups, c = [], top
-        for i, c_out in enumerate(reversed(channels)):
-            resnets = [VAEResnet(c if j == 0 else c_out, c_out, groups) for j in range(layers + 1)]
-            up = {"resnets": nn.ModuleList(resnets)}
-            if i < len(channels) - 1:
-                conv = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, padding=1)})
-                up["upsamplers"] = nn.ModuleList([conv])
-            ups, c = [*ups, nn.ModuleDict(up)], c_out
-        self.decoder = nn.ModuleDict({
-            "conv_in": nn.Conv2d(latent_channels, top, 3, padding=1),
-            "mid_block": nn.ModuleDict({
-                "resnets": nn.ModuleList([VAEResnet(top, top, groups) for _ in range(2)]),
-                "attentions": nn.ModuleList([VAEAttention(top, groups)])}),
-            "up_blocks": nn.ModuleList(ups),
-            "conv_norm_out": vae_norm(groups, c), "conv_out": nn.Conv2d(c, 3, 3, padding=1)})
+        blocks = ["UpDecoderBlock2D"] * len(block_out_channels)
+        self.decoder = Decoder(latent_channels, 3, blocks, block_out_channels, layers_per_block,
+                               norm_num_groups)
 
     def forward(self, latents):
-        d = self.decoder
-        x = d["conv_in"](self.post_quant_conv(latents / self.scaling_factor))
-        first, second = d["mid_block"]["resnets"]
-        x = second(d["mid_block"]["attentions"][0](first(x)))
-        for up in d["up_blocks"]:
-            for resnet in up["resnets"]:
-                x = resnet(x)
-            if "upsamplers" in up:
-                x = up["upsamplers"][0]["conv"](F.interpolate(x, scale_factor=2))
-        return d["conv_out"](F.silu(d["conv_norm_out"](x)))
+        return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
 
 
 def load_vae_decoder(folder):
@@ -381,12 +332,8 @@ def load_vae_decoder(folder):
                 name = name.replace(f"attentions.0.{theirs}.", f"attentions.0.{ours}.")
             if not name.startswith(("encoder.", "quant_conv.")):
                 state[name] = w
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
-        require(len(channels) <= 10 and layers <= 10, f"{len(channels)} blocks of {layers} layers")
-        args = {"channels": channels, "layers": layers, "groups": config["norm_num_groups"],
-                "latent_channels": config["latent_channels"],
-                "scaling_factor": config.get("scaling_factor", 0.18215)}  # not in all files
-        return load_frozen(VAEDecoder, args, state)
+        require(len(config["block_out_channels"]) <= 10, "a VAE of more than ten blocks")
+        return load_frozen(VAEDecoder, config, state)
 
 
 # ---- Text: T5, once for all prompts ----

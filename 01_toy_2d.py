@@ -420,6 +420,7 @@ def main(argv=None):
         return sample(args)
     device, folder = pick_device(args.device), Run.default_folder(args, args.mixture)
     if args.part == "theorem":
+        folder.mkdir(parents=True, exist_ok=True)
         return save(theorem(args.thorough), folder / "theorem.json")
     torch.manual_seed(args.seed)
     net = make_denoiser().to(device)

@@ -497,8 +497,8 @@ def on_screen(net, x):
 
 
 def picture(columns, rows=10):
-    """Sets of images (N, C, H, W) beside each other, enlarged to about 600 pixels in height. -> a
-    Pillow image"""
+    """Sets of images (N, C, H, W) beside each other, each in at most `rows` rows, enlarged to about
+    600 pixels in height. -> a Pillow image"""
     blocks = [image_grid(x, math.ceil(len(x) / rows)) for x in columns]
     gap, zoom = 4, max(1, 600 // blocks[0].height)
     wide = Image.new("RGB", (sum(b.width + gap for b in blocks) - gap, blocks[0].height), "white")

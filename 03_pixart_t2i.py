@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import textwrap
 import time
 from collections import OrderedDict
@@ -190,7 +191,7 @@ class PixArt(nn.Module):
 @cache
 def noise_table(device="cpu"):
     """u (1001,): the noise levels of iDDPM's 1000 timesteps, falling, and a last 0, as in EDM."""
-    beta = torch.linspace(1e-4, 0.02, 1001, dtype=torch.float64)[:-1]  # B.3; EDM leaves out 0.02
+    beta = torch.linspace(1e-4, 0.02, 1001, dtype=torch.float64)[:-1]  # B.3; 0.02 is not reached
     u = (1 / (1 - beta).cumprod(0) - 1).sqrt()  # from variance preserving to variance exploding
     return F.pad(u.flip(0), (0, 1)).float().to(device)
 
@@ -214,7 +215,7 @@ class PixArtPrecond(nn.Module):
 
 
 # ---- PixArt's files: all tensors must fit, and nothing in a file is executed ----
-WEIGHTS = ("g_ema.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+WEIGHT_FILES = ("g_ema.pt", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def inside(folder, *names):
@@ -235,7 +236,7 @@ def read_config(folder, name="config.json"):
 
 def read_weights(path):
     """A .safetensors, or a torch.save of tensors (.pth, .pt, .bin) -> what it holds, on the CPU."""
-    path = inside(path, *WEIGHTS)
+    path = inside(path, *WEIGHT_FILES)
     return load_file(path) if path.suffix == ".safetensors" else load_saved(path)
 
 
@@ -270,7 +271,7 @@ def load_pixart(path, num_heads=16, prefer_ema=False):
     says num_heads. UserError, with tensors named, unless names and shapes fit and all is finite."""
     path = inside(path, "transformer")
     config = read_config(path) if path.is_dir() else {}
-    kinds = ("ema", "state_dict_ema" if prefer_ema else "state_dict")
+    kinds = ("state_dict_ema",) if prefer_ema else ("ema", "state_dict")
     with reading(path, "PixArt-alpha at 256 or 512: a .pth, or a diffusers folder"):
         saved, sizes = read_weights(path), {"num_heads": num_heads}
         require(not prefer_ema or "state_dict_ema" in saved, "it has no state_dict_ema")
@@ -310,7 +311,7 @@ class VAEDecoder(nn.Module):
     def __init__(self, block_out_channels, layers_per_block, norm_num_groups, latent_channels=4,
                  scaling_factor=0.18215, **of_the_encoder):
         super().__init__()
-        from diffusers.models.autoencoders.vae import Decoder  # takes seconds to import
+        from diffusers.models.autoencoders.vae import Decoder
         self.scaling_factor = scaling_factor
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         blocks = ["UpDecoderBlock2D"] * len(block_out_channels)
@@ -324,6 +325,7 @@ class VAEDecoder(nn.Module):
 def load_vae_decoder(folder):
     """A diffusers AutoencoderKL -> its decoder, frozen, in float32. UserError as in load_pixart."""
     folder = inside(folder, "vae")
+    import diffusers.models.autoencoders.vae  # noqa: F401  takes seconds; not on the meta device
     config, state = read_config(folder), {}
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     with reading(folder, "a diffusers AutoencoderKL"):
@@ -333,7 +335,9 @@ def load_vae_decoder(folder):
             if not name.startswith(("encoder.", "quant_conv.")):
                 state[name] = w
         require(len(config["block_out_channels"]) <= 10, "a VAE of more than ten blocks")
-        return load_frozen(VAEDecoder, config, state)
+        net = load_frozen(VAEDecoder, config, state)
+        require(net(torch.zeros(1, 4, 2, 2)).isfinite().all(), "its images are not finite")
+    return net
 
 
 # ---- Text: T5, once for all prompts ----
@@ -516,7 +520,7 @@ def load_teacher(name, device="cpu", t5=None, vae=None, prefer_ema=False):
     path = Path({"miniature": EMBEDDED, "pixart": PIXART}.get(name, name))
     require(path.exists(), f"--teacher {name}: no {path}; names are auto, miniature, pixart")
     pipeline, _, meta = load_pipeline(path, device, t5, vae, prefer_ema)
-    file = inside(inside(path, "transformer"), *WEIGHTS)
+    file = inside(inside(path, "transformer"), *WEIGHT_FILES)
     facts = {"teacher": name if name in ("miniature", "pixart") else str(path.resolve()),
              "teacher_sha256": sha256(file), **getattr(pipeline, "folders", {})}
     weights = sum(w.numel() for w in pipeline.net.parameters())
@@ -701,8 +705,9 @@ def summarise(args, run, d_q, test):
     seconds = run.finish(**rows)["seconds"]
     for name, row in rows.items():
         print(f"{name:18}", "  ".join(f"{key} {value:<8.4g}" for key, value in row.items()))
+    prompt = shlex.quote(test.prompts[0])
     print(f"{seconds:.0f} s; {run.folder}/samples.png: the teacher above one step\n"
-          f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {test.prompts[0]!r}")
+          f"next: python 03_pixart_t2i.py --sample {run.folder} --prompt {prompt}")
     if "fd_real" in test.meta:
         print(f"next: python lab/shapes.py {run.folder}     are shapes and colours right?")
 

@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -55,7 +56,8 @@ def require(condition, message):
 class Distance:
     """A distance d of (3.3) and its gradient d': y (B, ...) -> d(y) (B,) and d_prime(y) (B, ...).
     To add your own, write a function below that returns a Distance, and name the function in
-    DISTANCES. Its arguments become parameters: --distance NAME,argument=value."""
+    DISTANCES. Its arguments become parameters, which are positive numbers: --distance
+    NAME,argument=value."""
     d: Callable
     d_prime: Callable
 
@@ -127,8 +129,8 @@ def parse_distance(text):
     settings = {key: parameter.default for key, parameter in takes.items()}
     for key, _, value in (pair.partition("=") for pair in pairs):
         require(key in takes, f"{name} takes {', '.join(takes) or 'no parameter'}, no {key!r}")
-        with reading(f"{name}'s {key}={value}", "a positive number"):
-            settings[key] = positive(value)
+        number = checked(float, lambda v: v > 0, f"positive number for {name}'s {key}")
+        settings[key] = number(value)
     full = ",".join([name, *[f"{key}={value:.10g}" for key, value in settings.items()]])
     return full, DISTANCES[name](**settings)
 
@@ -169,8 +171,9 @@ def draw_times(args, phase, shape, **where):
 
 
 def draw_batch(args, shape, classes, phase, random):
-    """An update's micro-batches on this rank [(z, t, eps, cond)], for phase "psi" or "theta". cond
-    is one-hot labels (B, classes), drawn uniformly: no data are needed."""
+    """An update's micro-batches on this rank [(z, t, eps, cond)], for phase "psi" or "theta": z
+    (B, *shape) is t* times standard normal, t (B, 1, ..., 1), eps (B, *shape), and cond is one-hot
+    labels (B, classes), drawn uniformly: no data are needed."""
     where = {"device": random.device, "generator": random}
     z, eps = [torch.randn(args.batch, *shape, **where) for _ in range(2)]
     t = draw_times(args, phase, (args.batch, *[1] * len(shape)), **where)
@@ -347,11 +350,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     With sigma1 = r r^T the trace of the root is the sum of the roots of the eigenvalues of
     r^T sigma2 r, which is symmetric: no square root of a matrix is needed."""
-    mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).double() for v in (mu1, sigma1, mu2, sigma2)]
-    require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == (*mu1.shape, *mu1.shape),
-            f"a Frechet distance of {[*mu1.shape]} and {[*mu2.shape]} features: expected as many")
-    require(all(v.isfinite().all() for v in (mu1, sigma1, mu2, sigma2)),
+    given = [torch.as_tensor(v) for v in (mu1, sigma1, mu2, sigma2)]
+    d = given[0].shape
+    require([v.shape for v in given] == [d, d + d, d, d + d], "a Frechet distance of moments "
+            f"{[tuple(v.shape) for v in given]}: expected as many features, (D,) and (D, D)")
+    require(all(v.isreal().all() and v.isfinite().all() for v in given),
             "a Frechet distance of moments that are not finite: expected finite features")
+    mu1, sigma1, mu2, sigma2 = [v.double() for v in given]
     values, vectors = torch.linalg.eigh(sigma1)
     r = vectors * values.clamp(min=0).sqrt()
     trace_of_root = torch.linalg.eigvalsh(r.T @ sigma2 @ r).clamp(min=0).sqrt().sum()
@@ -694,7 +699,10 @@ def load_saved(path):
         with zipfile.ZipFile(path) as file:
             require(sum(item.file_size for item in file.infolist()) <= size, "it is compressed")
             require((damaged := file.testzip()) is None, f"{damaged} is damaged")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own text advises to execute the file
+        raise UserError("it is damaged, or holds more than tensors and plain values") from None
     parts = saved.values() if isinstance(saved, dict) else [saved]
     tensors = [w for part in parts for w in (part.values() if isinstance(part, dict) else [part])]
     require(sum(getattr(w, "nbytes", 0) for w in tensors) <= 2 * size, "tensors repeat numbers")
@@ -897,12 +905,14 @@ class Run:
         rate = (self.step - self.written_step) / max(self.paused - self.written, 1e-9)
         line = {"step": self.step, **means, **values, "images": self.step * self.args.batch,
                 "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1)}
+        to_go = ""
         if self.step:  # the first line has no update to judge by
             line["eta"] = round(self.elapsed() / self.step * (self.args.steps - self.step))
+            to_go = f"  {line['eta']} s to go"
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         text = "  ".join(f"{key} {value:.4g}" for key, value in (means | values).items())
-        tqdm.write(f"step {self.step}/{self.args.steps}  {text}  {line.get('eta', '?')} s to go")
+        tqdm.write(f"step {self.step}/{self.args.steps}  {text}{to_go}")
         sys.stdout.flush()
         self.values, self.written_step, self.written = {}, self.step, time.monotonic()
 

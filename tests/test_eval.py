@@ -450,9 +450,10 @@ def test_bad_arrays(evaluate, tmp_path):
             ({"a": images, "b": images}, "a uint8 (40, 16, 16, 3), b uint8"),
             ({"images": np.array([{}])}, "cannot be used"),
             ({"mu": np.zeros(6)}, "expected mu (6,) and sigma (6, 6)"),
-            ({"mu": np.zeros(5), "sigma": np.eye(5)}, "[6] and [5] features"),
+            ({"mu": np.zeros(5), "sigma": np.eye(5)}, "(5,)"),
             ({"mu": np.zeros(6), "sigma": sigma, "features": "judge"}, "judge features"),
             ({"mu": np.zeros(6), "sigma": sigma, "detector_sha256": "0"}, "another detector"),
+            ({"mu": np.zeros(6, dtype=complex) + 1j, "sigma": sigma}, "not finite"),
             ({"mu": np.zeros(6), "sigma": sigma * np.nan}, "not finite")):
         np.savez(file, **arrays)
         assert message in evaluate("g.pt", file, "--n", 3, fails=True), message

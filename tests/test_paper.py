@@ -81,7 +81,8 @@ def test_parse_distance(text, full, same_as):
 @pytest.mark.parametrize("text, names", [
     ("l3", "'l3' is no distance: expected l2, power"), ("", "is no distance"),
     ("phuber,x=1", "phuber takes c, no 'x'"), ("l2,c=1", "l2 takes no parameter, no 'c'"),
-    ("phuber,c=a", "c=a"), ("phuber,c", "c="), ("phuber,", "takes c"), ("phuber,c=-1", "positive"),
+    ("phuber,c=a", "c, got 'a'"), ("phuber,c", "c, got ''"), ("phuber,", "takes c"),
+    ("phuber,c=-1", "positive number for phuber's c"),
     ("phuber,c=0", "positive"), ("phuber,c=nan", "positive"), ("phuber,c=inf", "positive"),
     ("exp,beta=nan", "positive"), ("exp,beta=0", "positive"), ("exp,alpha=3", "even"),
     ("power,alpha=3", "even"), ("power,alpha=0", "positive"), ("power,alpha=-2", "positive"),

@@ -148,6 +148,9 @@ STUDIES = {
     "fashion": Study(*IMAGES, {
         "times and weights": each(TIMES_OF_IMAGES, SHORT),
         "distances": each(TABLE_4, SHORT)}),
+    "fashion-sid": Study(*IMAGES, {
+        "SiD on Fashion-MNIST": {label.replace("ring", "preset"): f"{flags} {SHORT}"
+                                 for label, flags in TIMES_OF_SID.items()}}, seeds=range(1)),
     "bf16": Study(*IMAGES, {
         "precision": each({"float32": "", "bfloat16": "--amp bf16"}, SHORT)})}
 

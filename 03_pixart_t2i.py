@@ -191,8 +191,9 @@ class PixArt(nn.Module):
 @cache
 def noise_table(device="cpu"):
     """u (1001,): the noise levels of iDDPM's 1000 timesteps, falling, and a last 0, as in EDM."""
-    beta = torch.linspace(1e-4, 0.02, 1001, dtype=torch.float64)[:-1]  # B.3; 0.02 is not reached
-    u = (1 / (1 - beta).cumprod(0) - 1).sqrt()  # from variance preserving to variance exploding
+    beta = torch.linspace(1e-4, 0.02, 1001, dtype=torch.float64)[:-1]  # B.3, for 1000 timesteps
+    alpha_bar = (1 - beta).cumprod(0)  # iDDPM: the signal has this variance, the noise 1 minus this
+    u = (1 / alpha_bar - 1).sqrt()  # the noise level after the signal is scaled to variance 1
     return F.pad(u.flip(0), (0, 1)).float().to(device)
 
 
@@ -219,7 +220,7 @@ WEIGHT_FILES = ("g_ema.pt", "diffusion_pytorch_model.safetensors", "diffusion_py
 
 
 def inside(folder, *names):
-    """-> the first of these names that is in the folder. If none is, the folder or file itself."""
+    """-> the path of the first of these names that is in the folder, or else the folder itself."""
     paths = [Path(folder) / name for name in names]
     return next((path for path in paths if path.exists()), Path(folder))
 
@@ -307,7 +308,7 @@ def net_args_of(state):
 # ---- From latents to pixels: the decoder of sd-vae-ft-ema, which diffusers has ----
 class VAEDecoder(nn.Module):
     """latents (B, 4, H, W), as sampled -> images (B, 3, 8H, 8W), in about [-1, 1], not clamped. The
-    arguments have the names of the VAE's config.json, of which most is for its encoder."""
+    arguments are those of the VAE's config.json, most of which are for the encoder."""
     def __init__(self, block_out_channels, layers_per_block, norm_num_groups, latent_channels=4,
                  scaling_factor=0.18215, **of_the_encoder):
         super().__init__()
@@ -324,8 +325,10 @@ class VAEDecoder(nn.Module):
 
 def load_vae_decoder(folder):
     """A diffusers AutoencoderKL -> its decoder, frozen, in float32. UserError as in load_pixart."""
+    # load_frozen builds on the meta device. diffusers must not be imported there: the constants
+    # that diffusers makes during its import would have no values.
+    import diffusers.models.autoencoders.vae  # noqa: F401
     folder = inside(folder, "vae")
-    import diffusers.models.autoencoders.vae  # noqa: F401  takes seconds; not on the meta device
     config, state = read_config(folder), {}
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     with reading(folder, "a diffusers AutoencoderKL"):
@@ -336,6 +339,7 @@ def load_vae_decoder(folder):
                 state[name] = w
         require(len(config["block_out_channels"]) <= 10, "a VAE of more than ten blocks")
         net = load_frozen(VAEDecoder, config, state)
+        # A wrong scaling_factor or norm_num_groups changes no shape, and shows in an image alone.
         require(net(torch.zeros(1, 4, 2, 2)).isfinite().all(), "its images are not finite")
     return net
 
@@ -399,6 +403,11 @@ def encode_prompts(folder, prompts, dtype=torch.float32, tokens=120, batch=16):
     return tuple(torch.stack(v) for v in zip(*each))
 
 
+def encode_captions(*arguments):
+    """The arguments of encode_each -> a list of captions (L, C), each of its valid tokens alone."""
+    return [embedding[mask.bool()] for embedding, mask in encode_each(*arguments)]
+
+
 def pad(captions, tokens, device="cpu"):
     """A list of B captions (L, C) -> caption (B, tokens, C), with zeros, and mask (B, tokens)."""
     caption = torch.stack([F.pad(v, (0, 0, 0, tokens - len(v))) for v in captions])
@@ -452,8 +461,7 @@ class Miniature(nn.Module):
 
     def encode(self, prompts):
         tokenizer = load_transformers().ByT5Tokenizer()  # a token is a byte: no file is needed
-        each = encode_each(self.text, tokenizer, prompts, self.net.model.tokens, 500)
-        return [embedding[mask.bool()] for embedding, mask in each]
+        return encode_captions(self.text, tokenizer, prompts, self.net.model.tokens, 500)
 
     def decode(self, x):
         return x
@@ -485,8 +493,8 @@ class Pipeline:
 
     def encode(self, prompts):
         encoder, tokenizer = load_text_encoder(self.folders["t5"], torch.bfloat16)
-        each = encode_each(encoder.to(self.device), tokenizer, prompts, self.net.model.tokens)
-        return [embedding[mask.bool()] for embedding, mask in each]
+        tokens = self.net.model.tokens
+        return encode_captions(encoder.to(self.device), tokenizer, prompts, tokens)
 
     @torch.no_grad()
     def decode(self, latents):

@@ -351,11 +351,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     With sigma1 = r r^T the trace of the root is the sum of the roots of the eigenvalues of
     r^T sigma2 r, which is symmetric: no square root of a matrix is needed."""
     given = [torch.as_tensor(v) for v in (mu1, sigma1, mu2, sigma2)]
-    d = given[0].shape
-    require([v.shape for v in given] == [d, d + d, d, d + d], "a Frechet distance of moments "
-            f"{[tuple(v.shape) for v in given]}: expected as many features, (D,) and (D, D)")
-    require(all(v.isreal().all() and v.isfinite().all() for v in given),
-            "a Frechet distance of moments that are not finite: expected finite features")
+    size = given[0].shape  # (D,)
+    require([v.shape for v in given] == [size, size + size, size, size + size],
+            f"a Frechet distance of moments {[tuple(v.shape) for v in given]}: expected as many "
+            "features, (D,) and (D, D)")
+    require(all(v.isreal().all() and v.isfinite().all() for v in given), "a Frechet distance of "
+            "moments that are not finite, or complex: expected finite features")
     mu1, sigma1, mu2, sigma2 = [v.double() for v in given]
     values, vectors = torch.linalg.eigh(sigma1)
     r = vectors * values.clamp(min=0).sqrt()
@@ -732,12 +733,13 @@ def load_frozen(build, net_args, state, device="meta"):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
     FROZEN: a teacher from a file comes from here, so that none of its weights gets a gradient.
     On the meta device nothing is allocated for a file that declares more than it holds.
-    An error, of which `reading` makes one line, unless names and shapes fit and all is finite."""
+    RuntimeError, by torch, unless names and shapes fit; UserError unless all is finite. The callers
+    stand in a block of `reading`, which makes one line of both."""
     with torch.device(device):
         net = build(**net_args)
     state = {name: w.to(torch.float32, copy=True) for name, w in state.items()}
     require(all(w.isfinite().all() for w in state.values()), "weights that are not finite")
-    net.load_state_dict(state, assign=True)  # RuntimeError unless all names and shapes fit
+    net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """Many runs of the stages, as tables and pictures; and the curves of any runs.
 
     python lab/studies.py figure-2-toy --jobs 2       SIM, SiD, Diff-Instruct, ring: 20 minutes
-    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: 70 minutes
+    python lab/studies.py figure-2-fashion --jobs 2   the same on Fashion-MNIST: some 75 minutes
     python lab/studies.py neighbours --jobs 2         fifteen methods on the ring: 22 minutes
     python lab/studies.py bf16 --jobs 2               bfloat16: 15 minutes. --help names the others
     python lab/studies.py figure-2-toy --draw         tables and curves from assets/results alone
@@ -93,8 +93,7 @@ TIMES = {f"{times}, {weight}": f"{flags} --weight {weight}".strip()
          for weight in ("nowgt", "sidwgt")}
 TIMES_OF_SID = {f"SiD: {label}": f"--method sid {flags}" for label, flags in TIMES.items()}
 TIMES_OF_IMAGES = {  # without "--weight nowgt", which is the default: one run for two tables
-    label.replace("ring", "preset"): flags.replace("--weight nowgt", "").strip()
-    for label, flags in TIMES.items()}
+    label: flags.replace("--weight nowgt", "").strip() for label, flags in TIMES.items()}
 TABLE_4 = {
     "l2": "--distance l2", "power, alpha = 4": "--distance power", "exp": "--distance exp",
     "l1": "--distance l1", "smoothl1": "--distance smoothl1", "huber": "--distance huber",
@@ -115,6 +114,11 @@ COLUMNS = {  # of a table, where a run has this figure: title and format
     "sw2": ("sliced W2", ".3g"), "share_on_modes": ("on modes", ".1%"),
     "poorest": ("poorest mode", ".1%"), "richest": ("richest", ".1%"),
     "evaluations": ("evaluations", "d"), "seconds": ("seconds", ".0f")}
+
+
+def on_images(runs):
+    """The ring's runs {label: flags} -> the same runs for images, short, with labels that fit."""
+    return {label.replace("ring", "preset"): flags for label, flags in each(runs, SHORT).items()}
 
 
 def figure_2(**rates):
@@ -146,11 +150,9 @@ STUDIES = {
         "three times that": each(METHODS, "--anneal none --lr 6e-4 --steps 100"),
         "ten times that": each(METHODS, "--anneal none --lr 2e-3 --steps 100")}, goal=50),
     "fashion": Study(*IMAGES, {
-        "times and weights": each(TIMES_OF_IMAGES, SHORT),
-        "distances": each(TABLE_4, SHORT)}),
-    "fashion-sid": Study(*IMAGES, {
-        "SiD on Fashion-MNIST": {label.replace("ring", "preset"): f"{flags} {SHORT}"
-                                 for label, flags in TIMES_OF_SID.items()}}, seeds=range(1)),
+        "times and weights": on_images(TIMES_OF_IMAGES), "distances": on_images(TABLE_4)}),
+    "fashion-sid": Study(*IMAGES, {"SiD on Fashion-MNIST": on_images(TIMES_OF_SID)},
+                         seeds=range(1)),
     "bf16": Study(*IMAGES, {
         "precision": each({"float32": "", "bfloat16": "--amp bf16"}, SHORT)})}
 

@@ -797,10 +797,10 @@ def distil_by_command(parser, argv, device, more=(), test=Test):
     *captions, blank = pipeline.encode(texts) if small else encode_once(pipeline, texts)
     facts |= {"prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
               "guidance": args.guidance}
+    test = test(pipeline, prompts, captions, meta)  # may refuse the prompts: before the folder
     run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
-        d_q = Guided(pipeline.net, args.guidance, blank)
-        distil(args, run, d_q, captions, test(pipeline, prompts, captions, meta), more)
+        distil(args, run, Guided(pipeline.net, args.guidance, blank), captions, test, more)
 
 
 @one_line_errors

@@ -147,7 +147,7 @@ MUTATIONS = {
         "images: SiDA at the first layer": "enc.values()][<<-1 => 0>>]",
         "images: few sampled by one step": "equal_parts(t_star, <<segments => 1>>)"},
     "lab/reward_t2i.py  tests/test_t2i.py -k 'reward'": {
-        "stage 3's reward: the sign": "return loss <<- => +>> scale",
+        "stage 3's reward: the sign": "return loss <<- => +>> self.scale",
         "stage 3's reward: SIM": 'set_defaults(method="<<reward => sim>>"'},
     "lab/neighbours.py  tests/test_neighbours.py -k 'detached or add or loss or hand or flow_as'": {
         "CD: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, h",

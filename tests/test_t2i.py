@@ -877,18 +877,29 @@ def test_nothing_asks_the_network(tmp_path, monkeypatch):
 
 
 def test_a_reward_in_a_miniature(mini, tmp_path, monkeypatch, refused):
-    """The loss is SIM's minus lambda times the reward, and a large lambda makes vivid pictures."""
-    grey, red = torch.zeros(3, 2, 2), torch.tensor([1.0, -1, -1])[:, None, None].expand(3, 2, 2)
-    assert reward.vividness(torch.stack([grey, red])).tolist() == [0, 2]
-    x_0, d_q = torch.randn(2, 3, 4, 4, requires_grad=True), lambda x, t: 0.5 * x
-    t, eps = torch.ones(2, 1, 1, 1), torch.randn(2, 3, 4, 4)
-    rest = lambda x, t: 0.8 * x, d_q, x_0, t, common.l2(), eps
-    change = common.sim_loss(*rest)[0] - reward.reward_loss(*rest, scale=7.0)[0]
-    torch.testing.assert_close(change, 7 * reward.vividness(x_0))
-    found = []
+    """The loss is SIM's minus lambda times the reward, which knows each caption's colour, and a
+    large lambda makes more of that colour."""
+    red, white = torch.tensor([1.0, -1, -1]), torch.ones(3)
+    half = torch.cat([red[:, None].expand(3, 8), -red[:, None].expand(3, 8)], dim=1)
+    share = reward.share_in(half.reshape(1, 3, 4, 4).expand(2, 3, 4, 4), torch.stack([red, white]))
+    torch.testing.assert_close(share, torch.tensor([0.5, math.exp(-8) / 2 + math.exp(-16) / 2]))
+    prompts, lengths = [f"a large {name} ring" for name in ("red", "black", "cyan")], (2, 3, 1)
+    captions, lambda_r = [torch.randn(n, 5) for n in lengths], reward.Reward(7.0)
+    lambda_r.learn(prompts, captions, "cpu")
+    cond = t2i.pad([captions[k] for k in (2, 0)], 4)
+    x_0, t, eps = torch.randn(2, 3, 4, 4), torch.ones(2, 1, 1, 1), torch.randn(2, 3, 4, 4)
+    nets = [common.as_denoiser(lambda x, t, *cond, k=k: k * x, "none", *cond) for k in (0.8, 0.5)]
+    rest = *nets, x_0, t, common.l2(), eps
+    change = common.sim_loss(*rest)[0] - lambda_r.loss(*rest)[0]
+    colours = 2 * torch.tensor([shapes.COLOURS["cyan"], shapes.COLOURS["red"]]) - 1
+    torch.testing.assert_close(change, 7 * reward.share_in(x_0, colours))
+    found, saved = [], common.load_saved(mini)
+    saved["meta"] |= {"prompts": prompts, "tested": prompts[::-1]}
+    common.save(saved, tmp_path / "mini.pt")
     for scale in ("0.001", "1e6"):
         folder = tmp_path / scale
-        reward.main(["--teacher", str(mini), *TYPED, "--reward", scale, "--out", str(folder)])
+        reward.main(["--teacher", f"{tmp_path}/mini.pt", *TYPED, "--reward", scale,
+                     "--out", str(folder)])
         found.append(json.loads((folder / "metrics.json").read_text())["one step"]["reward"])
     assert found[1] > 1.1 * found[0] > 0
     (tmp_path / "prompts.txt").write_text("a cat\n")
@@ -896,8 +907,9 @@ def test_a_reward_in_a_miniature(mini, tmp_path, monkeypatch, refused):
     for argv, message in ((["--method", "sid"], "03_pixart_t2i.py"),
                           (["--preset", "paper"], "03_pixart_t2i.py"),
                           (["--prompts", "/nowhere"], "/nowhere"),
+                          (["--teacher", str(mini)], "expected captions such as"),
                           (["--teacher", str(tmp_path / "1e6")], "--prompts FILE")):
         assert message in refused(reward.main, [*argv, "--out", str(tmp_path / "none")])
-    assert not (tmp_path / "none").exists()
     argv = ["--teacher", str(RELEASE), *FILES, "--prompts", "prompts.txt", "--batch-gpu", "8"]
-    assert "expected a miniature" in refused(reward.main, argv)
+    assert "expected a miniature" in refused(reward.main, [*argv, "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()

@@ -110,7 +110,7 @@ MUTATIONS = {
         "stage 3: --truncate ignored": "args.t_max, <<args.truncate,  => >>**",
         "stage 3: always caption 0": "torch.randint(<<len(captions) => 1>>, (args"},
     "03_pixart_t2i.py  tests/test_t2i.py -k 'train_is or b15 or run_of_a_miniature'": {
-        "stage 3: the whole run unguided": "d_q = Guided(pipeline.net, <<args.guidance => 1>>,",
+        "stage 3: the whole run unguided": "Guided(pipeline.net, <<args.guidance => 1>>, blank)",
         "stage 3: psi's weights swapped": 'if args.weight_psi == "<<edm => one>>"',
         "stage 3: guidance of the wrong sign": "(<<guided - free => free - guided>>)",
         "(B.14): sigma_data = 0.5": "(t**2 + <<1 => 0.25>>).sqrt(), timestep",
@@ -148,6 +148,7 @@ MUTATIONS = {
         "images: few sampled by one step": "equal_parts(t_star, <<segments => 1>>)"},
     "lab/reward_t2i.py  tests/test_t2i.py -k 'reward'": {
         "stage 3's reward: the sign": "return loss <<- => +>> self.scale",
+        "stage 3's reward: another caption's colour": "sums).<<argmin => argmax>>(1)",
         "stage 3's reward: SIM": 'set_defaults(method="<<reward => sim>>"'},
     "lab/neighbours.py  tests/test_neighbours.py -k 'detached or add or loss or hand or flow_as'": {
         "CD: target not detached": "<<no => enable>>_grad():\n            target = jump(self.g, h",

@@ -151,8 +151,7 @@ STUDIES = {
         "ten times that": each(METHODS, "--anneal none --lr 2e-3 --steps 100")}, goal=50),
     "fashion": Study(*IMAGES, {
         "times and weights": on_images(TIMES_OF_IMAGES), "distances": on_images(TABLE_4)}),
-    "fashion-sid": Study(*IMAGES, {"SiD on Fashion-MNIST": on_images(TIMES_OF_SID)},
-                         seeds=range(1)),
+    "fashion-sid": Study(*IMAGES, {"SiD on Fashion-MNIST": on_images(TIMES_OF_SID)}),
     "bf16": Study(*IMAGES, {
         "precision": each({"float32": "", "bfloat16": "--amp bf16"}, SHORT)})}
 

@@ -860,20 +860,18 @@ class Run:
         if one is due, and the end of the run, if SIGINT or SIGTERM asked for it."""
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self.ask_to_stop)
-        self.bar = tqdm(total=self.args.steps, initial=self.step,
-                        disable=None if self.is_first else True)  # None: silent off a terminal
         self.begun = self.written = time.monotonic()
-        while self.step < self.args.steps:
-            self.step += 1  # from here on run.step counts the update that is under way
-            yield self.step - 1
-            self.bar.update()
+        silent = None if self.is_first else True  # tqdm's None: off a terminal
+        for step in tqdm(range(self.step, self.args.steps), initial=self.step,
+                         total=self.args.steps, disable=silent):
+            self.step = step + 1  # from here on run.step counts the update that is under way
+            yield step
             stop = sum_over_ranks(torch.tensor(self.signal)).item()  # all ranks stop, or none
             if stop or self.step % self.args.save_every == 0 or self.step == self.args.steps:
                 self.save()
             if stop:
                 raise KeyboardInterrupt(f"step {self.step} is saved in {self.folder}; "
                                         "the same command goes on from there")
-        self.bar.close()
         print("all updates are done: what follows measures the result", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # for what follows the training
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -770,9 +770,9 @@ class Run:
         if self.checkpoint.exists():
             self.load()
         if self.is_first:  # a killed run may have written lines past its checkpoint
-            lines = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= self.step]
+            lines = [json.dumps(line) + "\n" for line in self.lines()] if self.step else []
             with atomic(self.log) as temporary:
-                temporary.write_text("".join(lines if self.step else []))
+                temporary.write_text("".join(lines))
         self.written_step = self.saved_step = self.step
         self.begun = self.written = self.paused = time.monotonic()
 
@@ -829,7 +829,6 @@ class Run:
             state = load_saved(self.checkpoint)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             require(0 <= self.step <= self.args.steps, f"it is of step {self.step}")
-            require(self.log.exists(), "log.jsonl is gone")
             for name, part in self.parts.items():
                 if isinstance(part, nn.Module):
                     part.load_state_dict(state[name])
@@ -919,14 +918,12 @@ class Run:
         self.values, self.written_step, self.written = {}, self.step, time.monotonic()
 
     def lines(self):
-        """log.jsonl as a list of dicts, without a last line that a kill cut short."""
+        """log.jsonl up to this step, as dicts, without a last line that a kill cut short."""
         with reading(self.log, "lines of JSON: start anew with --fresh"):
-            lines = self.log.read_text().split("\n")[:-1] if self.log.exists() else []
-            lines = [json.loads(line) for line in lines]
-            require(all("step" in line for line in lines) and
-                    all(isinstance(v, int | float) for line in lines for v in line.values()),
-                    "a line without a step, or with a value that is no number")
-            return lines
+            lines = [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]
+            require(all(isinstance(v, int | float) for line in lines for v in line.values()),
+                    "a value that is no number")
+            return [line for line in lines if line["step"] <= self.step]
 
     def elapsed(self):
         """Seconds of this run, those before an interruption included."""

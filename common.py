@@ -353,12 +353,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     With sigma1 = r r^T the trace of the root is the sum of the roots of the eigenvalues of
     r^T sigma2 r, which is symmetric: no square root of a matrix is needed."""
     given = [torch.as_tensor(v) for v in (mu1, sigma1, mu2, sigma2)]
-    size = given[0].shape  # (D,)
-    require([v.shape for v in given] == [size, size + size, size, size + size],
-            f"a Frechet distance of moments {[tuple(v.shape) for v in given]}: expected as many "
-            "features, (D,) and (D, D)")
-    require(all(v.isreal().all() and v.isfinite().all() for v in given), "a Frechet distance of "
-            "moments that are not finite, or complex: expected finite features")
+    size, shapes = given[0].shape, [tuple(v.shape) for v in given]  # size is (D,)
+    require(shapes == [size, size + size, size, size + size] and
+            all(v.isreal().all() and v.isfinite().all() for v in given), "a Frechet distance of "
+            f"moments {shapes}: expected as many features, (D,) and (D, D), finite and real")
     mu1, sigma1, mu2, sigma2 = [v.double() for v in given]
     values, vectors = torch.linalg.eigh(sigma1)
     r = vectors * values.clamp(min=0).sqrt()

@@ -409,8 +409,8 @@ def test_frechet_distance_refuses():
     for moments_2, text in (((torch.zeros(3), torch.eye(3)), "expected as many"),
                             ((mu, torch.eye(3)), "expected as many"),
                             ((mu, sigma[:1]), "expected as many"),
-                            ((mu + math.nan, sigma), "expected finite"),
-                            ((mu, sigma * math.inf), "expected finite"),
+                            ((mu + math.nan, sigma), "finite and real"),
+                            ((mu, sigma * math.inf), "finite and real"),
                             ((mu, -3 * sigma), "expected covariances")):
         for pair in ((mu, sigma, *moments_2), (*moments_2, mu, sigma)):
             with pytest.raises(UserError, match=text):

@@ -416,10 +416,9 @@ def load_moments(adam, state):
     they have the shapes of their weights: torch does not look, and a fused Adam then writes where
     nothing is."""
     adam.load_state_dict(adam.state_dict() | {"state": state["state"]})
-    for w, state in adam.state.items():
-        for name, shape in {"step": (), "exp_avg": w.shape, "exp_avg_sq": w.shape}.items():
-            found = tuple(state[name].shape)
-            require(found == shape, f"{name} is {found}, expected {tuple(shape)}")
+    for w, held in adam.state.items():
+        shapes = [held[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+        require(shapes == [(), w.shape, w.shape], f"Adam's moments are of another shape: {shapes}")
 
 
 def ema_beta(images, batch, half_life=5e5, ramp_up=0.05):

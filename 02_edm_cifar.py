@@ -425,7 +425,7 @@ def load_denoiser(path, teacher=None, several=False):
         require(not own or function, f"the network is that of --teacher {own}: add this option")
         return import_teacher(function) if own else make_unet(**net_args)
 
-    net, t_star, meta = load_generator(path, build, "cpu" if function else "meta")
+    net, t_star, meta = load_generator(path, build)
     require(several or meta.get("segments", 1) == 1,
             f"{path} takes several evaluations: lab/neighbours_images.py draws its samples")
     return net, t_star, meta
@@ -435,7 +435,8 @@ def import_teacher(name):
     """package.module:function, imported and called -> the user's own denoiser net(x, t), frozen.
     UserError unless it is a float32 torch module with image_shape (C, H, W) and label_dim."""
     module, _, function = name.partition(":")
-    with reading(f"--teacher {name}", "a function that returns a denoiser (README.md)"):
+    with (reading(f"--teacher {name}", "a function that returns a denoiser (README.md)"),
+          torch.device("cpu")):  # and not on the meta device, where load_frozen builds a network
         net = getattr(importlib.import_module(module), function)()
         require(isinstance(net, nn.Module), f"a {type(net).__name__} is no torch module")
         require({w.dtype for w in net.parameters()} == {torch.float32}, "weights not in float32")

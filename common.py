@@ -714,9 +714,9 @@ META = {"teacher": str, "t5": str, "vae": str, "judged": dict, "prompts": list, 
         "fd_teacher": float, "class_accuracy_teacher": float}  # what the stages read in a file
 
 
-def load_generator(path, build, device="meta"):
+def load_generator(path, build):
     """A run's folder, or a g_ema.pt -> the generator (frozen, on the CPU), t_star and meta.
-    build(**net_args) makes the network, on `device` at first. UserError for another file."""
+    build(**net_args) makes the network. UserError for another file."""
     path = Path(path) / "g_ema.pt" if Path(path).is_dir() else Path(path)
     with reading(path, "a generator of this stage, {net_args, state_dict, t_star, meta}"):
         saved = load_saved(path)
@@ -724,17 +724,15 @@ def load_generator(path, build, device="meta"):
         require(0 < t_star < math.inf, f"t_star is {t_star}")
         for name, value in (meta | dict(meta.get("judged", {}))).items():
             require(isinstance(value, META.get(name, object)), f"{name} is {value!r:.40}")
-        net = load_frozen(build, saved["net_args"], saved["state_dict"], device)
+        net = load_frozen(build, saved["net_args"], saved["state_dict"])
     return net, t_star, meta
 
 
-def load_frozen(build, net_args, state, device="meta"):
+def load_frozen(build, net_args, state):
     """build(**net_args) with the tensors of `state` as its weights, in float32, in eval mode and
     FROZEN: a teacher from a file comes from here, so that none of its weights gets a gradient.
-    On the meta device nothing is allocated for a file that declares more than it holds.
-    RuntimeError, by torch, unless names and shapes fit; UserError unless all is finite. The callers
-    stand in a block of `reading`, which makes one line of both."""
-    with torch.device(device):
+    To be called in a block of `reading`: an error unless names and shapes fit and all is finite."""
+    with torch.device("meta"):  # allocates nothing for a file that declares more than it holds
         net = build(**net_args)
     state = {name: w.to(torch.float32, copy=True) for name, w in state.items()}
     require(all(w.isfinite().all() for w in state.values()), "weights that are not finite")

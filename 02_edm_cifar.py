@@ -16,10 +16,10 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, as_denoiser, distance_to_truth, draw_batch, draw_latents,
-                    dsm_loss, edm_sampler, ema_beta, ema_update, fetch, image_grid, lambda_edm,
+from common import (EDMPrecond, Run, as_denoiser, draw_batch, draw_latents, dsm_loss, edm_sampler,
+                    ema_beta, ema_update, fetch, frechet_distance, image_grid, lambda_edm,
                     load_frozen, load_generator, load_saved, make_generator_loss, make_parser,
-                    make_parts, one_line_errors, pick_device, progress, reading, require,
+                    make_parts, moments, one_line_errors, pick_device, progress, reading, require,
                     sample_path, save, save_picture, seed_step, sha256, sliced_w2, to_uint8,
                     train_only, update, write_samples)
 
@@ -357,7 +357,7 @@ def grade(judge, images, labels, batch=500):
     "class_accuracy", the share of images in which the judge sees that class."""
     seen = [judge(x) for x in to_uint8(images).split(batch)]
     features, logits = [torch.cat(v).cpu() for v in zip(*seen)]
-    figures = {"fd": distance_to_truth(features, judge.meta)}
+    figures = {"fd": frechet_distance(*moments(features), judge.meta["mu"], judge.meta["sigma"])}
     if labels.shape[1] == logits.shape[1]:
         right = logits.argmax(1) == labels.argmax(1).cpu()
         figures["class_accuracy"] = right.double().mean().item()

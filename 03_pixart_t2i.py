@@ -20,12 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, as_denoiser, checked, count, distance_to_truth, dpm_solver,
-                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, image_grid,
+from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, draw_latents,
+                    dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance, image_grid,
                     lambda_edm, load_frozen, load_generator, load_saved, make_generator_loss,
-                    make_parser, make_parts, micro_batches, one_line_errors, p_edm, pick_device,
-                    progress, reading, require, sample_path, save_once, save_picture, seed_step,
-                    sha256, train_only, update, write_samples)
+                    make_parser, make_parts, micro_batches, moments, one_line_errors, p_edm,
+                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
+                    seed_step, sha256, train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -596,7 +596,8 @@ class Test:
         milliseconds = 1e3 * (time.perf_counter() - begun) / len(images)
         if "mu" in self.meta:
             features = token_features(self.pipeline.net, images.clamp(-1, 1))
-            figures["fd"] = distance_to_truth(features, self.meta)
+            truth = self.meta["mu"], self.meta["sigma"]
+            figures["fd"] = frechet_distance(*moments(features), *truth)
         return images, figures | {"ms_image": milliseconds}
 
 

@@ -367,11 +367,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(distance.item(), 0.0)
 
 
-def distance_to_truth(features, meta):
-    """The Frechet distance of features (N, D) to the moments of true images in a file's meta."""
-    return frechet_distance(*moments(features), meta["mu"], meta["sigma"])
-
-
 def sliced_w2(a, b):
     """The sliced Wasserstein-2 distance of two sets of equal size. a and b are (N, K): the data
     projected on K directions of length 1, the same for both sets, and each column sorted."""

@@ -911,8 +911,6 @@ class Run:
         """log.jsonl up to this step, as dicts, without a last line that a kill cut short."""
         with reading(self.log, "lines of JSON: start anew with --fresh"):
             lines = [json.loads(line) for line in self.log.read_text().split("\n")[:-1]]
-            require(all(isinstance(v, int | float) for line in lines for v in line.values()),
-                    "a value that is no number")
             return [line for line in lines if line["step"] <= self.step]
 
     def elapsed(self):

@@ -29,8 +29,8 @@ from torch import nn
 # What Algorithm 2 needs for these mixtures, measured on the ring. Stage 2 has the paper's settings.
 RING = {"method": "sim", "sid_alpha": 1.0, "steps": 4000, "batch": 1024, "lr": 2e-3,
         "anneal": "linear", "t_star": 2.5, "p_mean": -1.5, "p_std": 1.5, "psi_mean": -1.2,
-        "psi_std": 1.2, "t_max": 1e9, "psi_updates": 1, "ema_half_life": 7e4, "save_every": 500,
-        "log_every": 1000, "n": 10_000}
+        "psi_std": 1.2, "t_min": 0.0, "t_max": 1e9, "psi_updates": 1, "ema_half_life": 7e4,
+        "save_every": 500, "log_every": 1000, "n": 10_000}
 LOOKS = 60  # at the generator during a run: the frames of the animation
 
 
@@ -398,8 +398,6 @@ def add_toy_options(parser, teachers=("exact", "learned")):
     add = parser.add_argument
     add("--mixture", choices=MIXTURES, default="ring", help="the data")
     add("--teacher", choices=teachers, default="exact", help="exact scores, or a network")
-    add("--p-theta", choices=("lognormal", "karras"), default="lognormal",
-        help="g's noise levels: (B.10) or (B.8)")
     add("--pretrain-steps", type=count, default=3000, help="of the first denoiser")
 
 

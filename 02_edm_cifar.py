@@ -34,8 +34,9 @@ from torch.nn import functional as F
 PAPER = {  # Table 5, (B.5)-(B.10); the paper leaves steps, EMA, dropout and eps open: SiD's code
     "method": "sim", "sid_alpha": 1.0, "steps": 2_000_000, "batch": 256, "lr": 1e-5,
     "anneal": "none", "t_star": 2.5, "p_theta": "lognormal", "p_mean": -3.5, "p_std": 2.5,
-    "psi_mean": -1.2, "psi_std": 1.2, "t_max": 1e9, "psi_updates": 1, "ema_half_life": 5e5,
-    "dropout": 0.13, "adam_eps": 1e-8, "amp": "none", "save_every": 1000, "log_every": 50, "n": 64}
+    "psi_mean": -1.2, "psi_std": 1.2, "t_min": 0.0, "t_max": 1e9, "psi_updates": 1,
+    "ema_half_life": 5e5, "dropout": 0.13, "adam_eps": 1e-8, "amp": "none", "save_every": 1000,
+    "log_every": 50, "n": 64}
 PRESETS = {
     "paper": PAPER,
     "sid": PAPER | {"method": "sid", "sid_alpha": 1.2, "p_theta": "karras"},  # SiD's code
@@ -652,7 +653,6 @@ def stage_parser(doc=__doc__, methods=()):
         "samples are; fashion has its own; else sliced W2 to the teacher's samples; or none")
     add("--preset", choices=PRESETS, help="the defaults of all other options: fashion with that "
         "teacher, else paper (Table 5)")
-    add("--p-theta", choices=("lognormal", "karras"), help="g's noise levels: (B.10) or (B.8)")
     add("--dropout", type=float, help="in the network that learns (SiD: 0.13)")
     add("--classes", type=int, nargs="+", help="of --sample, in turn; random unless given")
     add("--teacher-sample", action="store_true", help="--sample: the teacher's images beside")

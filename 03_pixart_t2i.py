@@ -21,11 +21,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, draw_latents,
-                    dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance, image_grid,
-                    lambda_edm, load_frozen, load_generator, load_saved, make_generator_loss,
-                    make_parser, make_parts, micro_batches, moments, one_line_errors, p_edm,
-                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
-                    seed_step, sha256, train_only, update, write_samples)
+                    draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance,
+                    image_grid, lambda_edm, load_frozen, load_generator, load_saved,
+                    make_generator_loss, make_parser, make_parts, micro_batches, moments,
+                    one_line_errors, pick_device, progress, reading, require, sample_path,
+                    save_once, save_picture, seed_step, sha256, train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -627,8 +627,7 @@ def draw_batch(args, d_q, captions, phase, random):
     cond is captions and masks, of prompts that are drawn uniformly: no images are needed."""
     where = {"device": random.device, "generator": random}
     z, eps = [torch.randn(args.batch, *d_q.image_shape, **where) for _ in range(2)]
-    mean, std = (args.psi_mean, args.psi_std) if phase == "psi" else (args.p_mean, args.p_std)
-    t = p_edm((args.batch, 1, 1, 1), mean, std, args.t_min, args.t_max, args.truncate, **where)
+    t = draw_times(args, phase, (args.batch, 1, 1, 1), **where)
     prompt = torch.randint(len(captions), (args.batch,), **where)
     draws = (args.t_star * z, t, eps, prompt)
     for z, t, eps, prompt in micro_batches(draws, args.batch_gpu):
@@ -767,7 +766,6 @@ def stage_parser(doc=__doc__, methods=()):
         "run, a .pt of ours, a .pth, or a folder of diffusers")
     add("--preset", choices=PRESETS, help="other defaults; else a miniature's, or paper (B.3)")
     add("--guidance", type=checked(float, lambda w: w >= 0, "number >= 0"), help="w; 1 is none")
-    add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="less memory, more time")
     add("--prefer-ema", action="store_true", help="the state_dict_ema of a .pth")
     add("--prompts", metavar="FILE", help="to train on: text, one prompt a line")

@@ -159,15 +159,12 @@ def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
 
 
 def draw_times(args, phase, shape, **where):
-    """An update's noise levels, for phase "psi" or "theta", by the options of the stages. Larger
-    ones than --t-max become --t-max: a teacher knows nothing there if it was not trained there."""
-    if phase == "psi":
-        t = p_edm(shape, args.psi_mean, args.psi_std, **where)  # (B.6)
-    elif args.p_theta == "karras":
-        t = p_karras(shape, **where)  # (B.8)
-    else:
-        t = p_edm(shape, args.p_mean, args.p_std, **where)  # (B.10)
-    return t.clamp(max=args.t_max)
+    """An update's noise levels, for phase "psi" or "theta", by the options of the stages. None is
+    beyond t_min and --t-max: a teacher knows nothing there if it was not trained there."""
+    if phase == "theta" and args.p_theta == "karras":
+        return p_karras(shape, **where).clamp(args.t_min, args.t_max)  # (B.8)
+    mean, std = (args.psi_mean, args.psi_std) if phase == "psi" else (args.p_mean, args.p_std)
+    return p_edm(shape, mean, std, args.t_min, args.t_max, args.truncate, **where)  # (B.6), (B.10)
 
 
 def draw_batch(args, shape, classes, phase, random):
@@ -597,9 +594,12 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--t-star", type=positive, help="t* of (B.4) (Table 5: 2.5)")
     add("--p-mean", type=real, help="mean of g's log t (B.10: -3.5; B.3: -2)")
     add("--p-std", type=positive, help="std of g's log t (B.10: 2.5; B.3: 2)")
+    add("--p-theta", choices=("lognormal", "karras"), default="lognormal",
+        help="g's noise levels: (B.10) or (B.8)")
     add("--psi-mean", type=real, help="mean of d_psi's log t (B.6: -1.2; B.3: -2)")
     add("--psi-std", type=positive, help="std of d_psi's log t (B.6: 1.2; B.3: 2)")
     add("--t-max", type=positive, help="largest noise level of both (B.3: 156.6)")
+    add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
     add("--psi-updates", type=count, help="for each update of g (Algorithm 2: 1; Listing 1: 2)")
     add("--ema-half-life", type=positive, help="of g's average, in samples (SiD: 5e5)")
     if images:

@@ -104,10 +104,11 @@ MUTATIONS = {
         "B.3: mean -1.2": '"p_mean": <<-2.0 => -1.2>>,',
         "B.3: no checkpointing": '"checkpointing": <<True => False>>',
         "noise table: beta_end 0.03": "torch.linspace(1e-4, <<0.02 => 0.03>>, 1001"},
+    "common.py  tests/test_t2i.py -k update_draws": {
+        "theta's times from psi's flags": '<<if phase == "psi" else => #>> (args.p_mean',
+        "--truncate ignored": "args.t_max, <<args.truncate,  => >>**"},
     "03_pixart_t2i.py  tests/test_t2i.py -k update_draws": {
         "stage 3: z not times t*": "(<<args.t_star *  => >>z, t",
-        "stage 3: theta's times from psi's flags": '<<if phase == "psi" else => #>> (args.p_mean',
-        "stage 3: --truncate ignored": "args.t_max, <<args.truncate,  => >>**",
         "stage 3: always caption 0": "torch.randint(<<len(captions) => 1>>, (args"},
     "03_pixart_t2i.py  tests/test_t2i.py -k 'train_is or b15 or run_of_a_miniature'": {
         "stage 3: the whole run unguided": "Guided(pipeline.net, <<args.guidance => 1>>, blank)",

@@ -453,7 +453,7 @@ READ_ONLY_BY = {  # methods -> options that no other method reads
     f"{FOLLOWED} uni": "psi_mean psi_std",
     f"{FOLLOWED} uni add pagoda": "lr_psi",
     f"{FOLLOWED} add kernel drifting": "p_theta",
-    f"{FOLLOWED} uni add kernel drifting": "p_mean p_std",
+    f"{FOLLOWED} uni add kernel drifting": "p_mean p_std truncate",
     TAUGHT: "teacher", f"{TAUGHT} drifting": "pretrain_steps"}
 
 

@@ -250,7 +250,8 @@ def parse(argv):
     add("--out", help="the run's folder")
     add("--fresh", action="store_true", help="start anew; an older run is moved aside")
     args = parser.parse_args(argv)
-    parser.set_defaults(seed=0, batch_gpu=None, t_star=2.5, t_max=1e9, **RECIPES[args.net])
+    parser.set_defaults(seed=0, batch_gpu=None, t_star=2.5, t_min=0.0, t_max=1e9, truncate="clamp",
+                        **RECIPES[args.net])
     if args.net == "judge":
         require(args.psi_mean is args.psi_std is None and args.amp == "none",
                 "--psi-mean, --psi-std and --amp are not for judge")

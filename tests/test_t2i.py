@@ -407,7 +407,7 @@ def test_what_an_update_draws(truncate):
     """z is t* times standard normal; t comes from the phase's own options; all prompts come."""
     args = SimpleNamespace(batch=20_000, t_star=2.5, psi_mean=-2.0, psi_std=2.0, p_mean=0.0,
                            p_std=0.5, t_min=0.01, t_max=156.6155, truncate=truncate,
-                           batch_gpu=15_000)
+                           batch_gpu=15_000, p_theta="lognormal")
     d_q = SimpleNamespace(image_shape=(1, 1, 2), tokens=3)
     captions = [torch.full((1 + k % 3, 1), float(k)) for k in range(5)]
     for phase, mean, std in (("psi", -1.97, 1.95), ("theta", 0.0, 0.5)):

@@ -516,7 +516,8 @@ def train(args, d_q, run, evaluate):
     generator_loss, distance = make_generator_loss(args)
     weight_psi, device = lambda_edm, next(g.parameters()).device
     draw = partial(draw_batch, args, d_q.image_shape, d_q.label_dim)
-    bind = partial(bind_labels, amp=args.amp)
+    classes = torch.arange(d_q.label_dim, device=device)
+    bind = lambda net, cond: bind_labels(net, (cond[:, None] == classes).float(), args.amp)
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
 
     for step in run.steps():

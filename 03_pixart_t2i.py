@@ -20,12 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, draw_latents,
-                    draw_times, dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance,
+from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, draw_batch,
+                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance,
                     image_grid, lambda_edm, load_frozen, load_generator, load_saved,
-                    make_generator_loss, make_parser, make_parts, micro_batches, moments,
-                    one_line_errors, pick_device, progress, reading, require, sample_path,
-                    save_once, save_picture, seed_step, sha256, train_only, update, write_samples)
+                    make_generator_loss, make_parser, make_parts, moments, one_line_errors,
+                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
+                    seed_step, sha256, train_only, update, write_samples)
 
 import torch
 from einops import rearrange
@@ -622,16 +622,10 @@ def captioned(sets, texts, across=10):
 
 
 # ---- Distillation ----
-def draw_batch(args, d_q, captions, phase, random):
-    """Yields (z, t, eps, cond), this rank's micro-batches of an update, for phase "psi" or "theta".
-    cond is captions and masks, of prompts that are drawn uniformly: no images are needed."""
-    where = {"device": random.device, "generator": random}
-    z, eps = [torch.randn(args.batch, *d_q.image_shape, **where) for _ in range(2)]
-    t = draw_times(args, phase, (args.batch, 1, 1, 1), **where)
-    prompt = torch.randint(len(captions), (args.batch,), **where)
-    draws = (args.t_star * z, t, eps, prompt)
-    for z, t, eps, prompt in micro_batches(draws, args.batch_gpu):
-        yield z, t, eps, pad([captions[k] for k in prompt.cpu()], d_q.tokens, random.device)
+def draw_captioned(args, d_q, captions, phase, random):
+    """Yields draw_batch's (z, t, eps, cond), where cond is captions and masks."""
+    for z, t, eps, numbers in draw_batch(args, d_q.image_shape, len(captions), phase, random):
+        yield z, t, eps, pad([captions[k] for k in numbers.cpu()], d_q.tokens, random.device)
 
 
 def train(args, d_q, captions, run, evaluate, more=()):
@@ -640,7 +634,7 @@ def train(args, d_q, captions, run, evaluate, more=()):
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
     generator_loss, distance = make_generator_loss(args, more)
     weight_psi = lambda_edm if args.weight_psi == "edm" else torch.ones_like
-    draw = partial(draw_batch, args, d_q, captions)
+    draw = partial(draw_captioned, args, d_q, captions)
     bind = lambda net, cond: as_denoiser(net, args.amp, *cond)  # -> (x_t, t) -> denoised
     device = next(g.parameters()).device
     t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)

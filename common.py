@@ -167,17 +167,15 @@ def draw_times(args, phase, shape, **where):
     return p_edm(shape, mean, std, args.t_min, args.t_max, args.truncate, **where)  # (B.6), (B.10)
 
 
-def draw_batch(args, shape, classes, phase, random):
+def draw_batch(args, shape, kinds, phase, random):
     """An update's micro-batches on this rank [(z, t, eps, cond)], for phase "psi" or "theta": z
-    (B, *shape) is t* times standard normal, t (B, 1, ..., 1), eps (B, *shape), and cond is one-hot
-    labels (B, classes), drawn uniformly: no data are needed."""
+    (B, *shape) is t* times standard normal, t (B, 1, ..., 1), eps (B, *shape), and cond (B,) has
+    numbers below `kinds`, of classes or captions, drawn uniformly: no data are needed."""
     where = {"device": random.device, "generator": random}
     z, eps = [torch.randn(args.batch, *shape, **where) for _ in range(2)]
     t = draw_times(args, phase, (args.batch, *[1] * len(shape)), **where)
-    labels = z.new_zeros(args.batch, classes)
-    if classes:
-        labels.scatter_(1, torch.randint(classes, (args.batch, 1), **where), 1)
-    return micro_batches((args.t_star * z, t, eps, labels), args.batch_gpu)
+    cond = torch.randint(kinds, (args.batch,), **where) if kinds else z.new_zeros(args.batch)
+    return micro_batches((args.t_star * z, t, eps, cond), args.batch_gpu)
 
 
 def lambda_edm(t, sigma_data=0.5):

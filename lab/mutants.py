@@ -91,8 +91,8 @@ MUTATIONS = {
         "(B.10): mean -1.2": '"p_mean": <<-3.5 => -1.2>>',
         "SiD's code: alpha = 1": '"sid_alpha": <<1.2 => 1.0>>'},
     "common.py  tests/test_edm.py -k train_is": {
-        "stage 2: z not times t*": "(<<args.t_star *  => >>z, t",
-        "stage 2: always class 0": "torch.randint(<<classes => 1>>, (args"},
+        "z not times t*": "(<<args.t_star *  => >>z, t",
+        "always class 0": "torch.randint(<<kinds => 1>>, (args"},
     "02_edm_cifar.py  tests/test_edm.py -k train_is": {
         "stage 2: --dropout ignored": "layer.dropout = <<args.dropout => 0.0>>"},
     "02_edm_cifar.py  tests/test_edm.py -k 'labels or test_sampling'": {
@@ -108,8 +108,7 @@ MUTATIONS = {
         "theta's times from psi's flags": '<<if phase == "psi" else => #>> (args.p_mean',
         "--truncate ignored": "args.t_max, <<args.truncate,  => >>**"},
     "03_pixart_t2i.py  tests/test_t2i.py -k update_draws": {
-        "stage 3: z not times t*": "(<<args.t_star *  => >>z, t",
-        "stage 3: always caption 0": "torch.randint(<<len(captions) => 1>>, (args"},
+        "stage 3: always caption 0": "image_shape, <<len(captions) => 1>>, phase"},
     "03_pixart_t2i.py  tests/test_t2i.py -k 'train_is or b15 or run_of_a_miniature'": {
         "stage 3: the whole run unguided": "Guided(pipeline.net, <<args.guidance => 1>>, blank)",
         "stage 3: psi's weights swapped": 'if args.weight_psi == "<<edm => one>>"',

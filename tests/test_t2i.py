@@ -412,7 +412,7 @@ def test_what_an_update_draws(truncate):
     captions = [torch.full((1 + k % 3, 1), float(k)) for k in range(5)]
     for phase, mean, std in (("psi", -1.97, 1.95), ("theta", 0.0, 0.5)):
         random = torch.Generator().manual_seed(0)
-        parts = list(t2i.draw_batch(args, d_q, captions, phase, random))
+        parts = list(t2i.draw_captioned(args, d_q, captions, phase, random))
         assert [len(z) for z, *_ in parts] == [15_000, 5000]
         z, t, eps = [torch.cat(v) for v in list(zip(*parts))[:3]]
         assert [z.std().item(), eps.std().item()] == pytest.approx([2.5, 1], rel=0.02)

@@ -890,17 +890,16 @@ class Run:
 
     def write(self, **values):
         """A line of log.jsonl and of the screen: the means of what was collected, then `values`."""
-        means = {name: sum(v) / len(v) for name, v in self.values.items()}
+        figures = {name: sum(v) / len(v) for name, v in self.values.items()} | values
         rate = (self.step - self.written_step) / max(self.paused - self.written, 1e-9)
-        line = {"step": self.step, **means, **values, "images": self.step * self.args.batch,
+        line = {"step": self.step, **figures, "images": self.step * self.args.batch,
                 "images_s": round(rate * self.args.batch, 1), "seconds": round(self.elapsed(), 1)}
-        to_go = ""
         if self.step:  # the first line has no update to judge by
             line["eta"] = round(self.elapsed() / self.step * (self.args.steps - self.step))
-            to_go = f"  {line['eta']} s to go"
         with writing(self.log), self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        text = "  ".join(f"{key} {value:.4g}" for key, value in (means | values).items())
+        text = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        to_go = f"  {line['eta']} s to go" if self.step else ""
         tqdm.write(f"step {self.step}/{self.args.steps}  {text}{to_go}")
         sys.stdout.flush()
         self.values, self.written_step, self.written = {}, self.step, time.monotonic()

@@ -277,17 +277,14 @@ class Unpickler(pickle._Unpickler):
         return lambda *args: function(*args)  # a new one each time: a pickle can set its attributes
 
 
-def collect_weights(module, prefix="", seen=()):
-    """A pickled module -> {name: tensor}, the parameters and buffers of all modules in it.
-    UserError for a module that contains itself, or that occurs twice."""
-    seen = seen or set()
-    require(id(module) not in seen, "a module occurs twice")
-    seen.add(id(module))
+def collect_weights(module, prefix=""):
+    """A pickled module -> {name: tensor}, the parameters and buffers of all modules in it, each of
+    which is taken apart: KeyError for one that occurs twice, or that contains itself."""
     state = module.get("state", module)
     weights = state["_parameters"] | state["_buffers"]
     found = {prefix + name: w for name, w in weights.items() if w is not None}
-    for name, inner in state["_modules"].items():
-        found |= collect_weights(inner, f"{prefix}{name}.", seen) if inner is not None else {}
+    for name, inner in state.pop("_modules").items():
+        found |= collect_weights(inner, f"{prefix}{name}.")
     return found
 
 

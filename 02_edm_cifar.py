@@ -294,7 +294,6 @@ def load_edm_pickle(path):
     with (reading(path, "an EDM checkpoint of NVIDIA's (EDMPrecond with a SongUNet, .pkl)"),
           open(path, "rb") as file):
         size = Path(path).stat().st_size
-        require(size < 2**31, "a file of 2 GiB or more")
         top = Unpickler(file).load()["ema"]
         require(not file.read(1), "something follows its end")
         args = dict(top["state"]["_init_kwargs"])

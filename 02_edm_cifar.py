@@ -195,19 +195,14 @@ class SongUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def encode(self, x, emb):
-        """-> the features for the decoder, (B, C', H', W') each; the last ones are the deepest."""
-        skips, aux = [], x
+    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
+        emb = self.embed(c_noise, class_labels, augment_labels, len(x))
+        skips, aux = [], x  # skips: the features for the decoder, (B, C', H', W') each
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):
                 skips[-1] = aux = (skips[-1] + layer(aux)) * 0.5**0.5
             else:
                 skips.append(layer(skips[-1], emb) if skips else layer(x))
-        return skips
-
-    def forward(self, x, c_noise, class_labels=None, augment_labels=None):
-        emb = self.embed(c_noise, class_labels, augment_labels, len(x))
-        skips = self.encode(x, emb)
         x = skips[-1]
         *blocks, (_, last_norm), (_, last_conv) = self.dec.items()
         for name, layer in blocks:

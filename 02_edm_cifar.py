@@ -111,7 +111,7 @@ class Block(nn.Module):
     one head of self-attention follows."""
     def __init__(self, c_in, c_out, c_emb, dropout, attention=False, resample=None, taps=(1, 1)):
         super().__init__()
-        self.dropout, self.attention = dropout, attention
+        self.dropout, self.attention = nn.Dropout(dropout), attention
         self.norm0, self.conv0 = group_norm(c_in), Conv(c_in, c_out, 3, 1, resample, taps)
         self.affine = nn.Linear(c_emb, c_out)
         self.norm1, self.conv1 = group_norm(c_out), Conv(c_out, c_out, 3, 1e-5)  # starts near 0
@@ -124,7 +124,7 @@ class Block(nn.Module):
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        h = self.conv1(self.dropout(h))
         x = (self.skip(x) + h) * 0.5**0.5  # keeps the variance, as does the next line
         return (x + self.attend(x)) * 0.5**0.5 if self.attention else x
 
@@ -214,11 +214,10 @@ def make_unet(**net_args):
     """SongUNet's arguments, which may come from a file -> net(x, t, class_labels=None), a denoiser
     that knows its image_shape (C, H, W) and label_dim. UserError for too many layers."""
     require(net_args.get("num_blocks", 4) <= 32 and len(net_args.get("channel_mult", ())) <= 8 and
-            net_args.get("label_dim", 0) in range(8193) and
-            all(0 <= net_args.get(name, 0) < 1 for name in ("dropout", "label_dropout")),
-            "blocks, levels, classes or dropout that no such network has")
+            0 <= net_args.get("label_dropout", 0) < 1,
+            "blocks, levels or dropout that no such network has")
     net = EDMPrecond(SongUNet(**net_args))
-    net.net_args, net.label_dim = net_args, net_args.get("label_dim", 0)
+    net.net_args, net.label_dim = net_args, int(net_args.get("label_dim", 0))
     net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)
     return net
 
@@ -544,7 +543,7 @@ def prepare(args, folder, d_q, facts):
     parts = make_parts(d_q, args.adam_eps)
     for layer in [*parts["d_psi"].modules(), *parts["g"].modules()]:
         if isinstance(layer, Block):
-            layer.dropout = args.dropout
+            layer.dropout.p = args.dropout
     net_args = getattr(d_q, "net_args", {"own": facts["teacher"]})
     return Run(args, folder, facts, parts["g_ema"], net_args, **parts)
 

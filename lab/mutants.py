@@ -94,7 +94,7 @@ MUTATIONS = {
         "z not times t*": "(<<args.t_star *  => >>z, t",
         "always class 0": "torch.randint(<<kinds => 1>>, (args"},
     "02_edm_cifar.py  tests/test_edm.py -k train_is": {
-        "stage 2: --dropout ignored": "layer.dropout = <<args.dropout => 0.0>>"},
+        "stage 2: --dropout ignored": "layer.dropout.p = <<args.dropout => 0.0>>"},
     "02_edm_cifar.py  tests/test_edm.py -k 'labels or test_sampling'": {
         "U-Net: label dropout inverted": "<<>= => <>> self.label_dropout)",
         "teacher: 33 evaluations": "labels, num_steps=<<18 => 17>>"},

@@ -182,7 +182,7 @@ def algorithm_2(start, d_q, shape, classes=0, **settings):
                           for net in (d_psi, g)]
     for layer in [layer for net in (d_psi, g) for layer in net.modules()]:
         if hasattr(layer, "dropout"):
-            layer.dropout = s.dropout
+            layer.dropout.p = s.dropout
     for step in range(s.steps):
         random, batch, losses = seed_step(s.seed, step), s.batch, {"psi": [], "theta": []}
         draw = lambda *size, random=random: torch.randn(size, generator=random)

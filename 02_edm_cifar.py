@@ -608,10 +608,10 @@ def sample(args, device, several=None):
     """--sample: image k from seed + k, as a picture (.png), an array (.npz) or a folder of PNGs. A
     script of lab/ brings `several`, which samples like sample_one_step by several evaluations."""
     g, t_star, meta = load_denoiser(args.sample, args.teacher, several is not None)
-    one_step = several or sample_one_step
+    makers = {"one_step": partial(several or sample_one_step, g.to(device), args.t_star or t_star)}
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
             f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
-    seeds, sets = range(args.seed, args.seed + args.n), {}
+    seeds = range(args.seed, args.seed + args.n)
     z, labels = draw_latents(seeds, g.image_shape, g.label_dim, args.classes, device)
     if args.teacher_sample:
         name = args.teacher or meta.get("teacher", "")
@@ -621,10 +621,9 @@ def sample(args, device, several=None):
         d_q = load_teacher(name)[0].to(device)
         require((d_q.image_shape, d_q.label_dim) == (g.image_shape, g.label_dim),
                 f"--teacher {name} has other images or classes than {args.sample}")
+        makers = {"teacher": partial(sample_teacher, d_q)} | makers
     out = sample_path(args, args.sample)
-    if args.teacher_sample:
-        sets["teacher"] = sample_teacher(d_q, z, labels)
-    sets["one_step"] = one_step(g.to(device), args.t_star or t_star, z, labels)
+    sets = {name: make(z, labels) for name, make in makers.items()}
     values = {f"{name}_values": x.cpu() for name, x in sets.items()}  # (N, C, H, W), as drawn
     sets = {name: on_screen(g, x) for name, x in sets.items()}
     draw = partial(picture, [*sets.values()], rows=math.ceil(args.n**0.5))

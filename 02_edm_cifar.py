@@ -360,9 +360,8 @@ Examiner = namedtuple("Examiner", "ask look final known")
 
 
 def find_judge(args, d_q, meta):
-    """-> the Examiner of a run whose judge is a classifier, or None. It knows what the judge's and
-    the teacher's files say: the figures of true images and, if this judge saw the teacher's
-    samples, those of the teacher."""
+    """-> the Examiner of a run whose judge is a classifier, or None. It knows the figures of true
+    images from the judge's file, and of the teacher from its own if they are of this judge."""
     if args.judge == "none" or not (args.judge or args.teacher == "fashion"):
         return None
     judge = load_judge(args.judge or JUDGE, d_q.image_shape)
@@ -378,9 +377,8 @@ def find_judge(args, d_q, meta):
 
 def compare_with_teacher(d_q, path, n=1000):
     """The Examiner for any teacher: "sw2", the sliced Wasserstein-2 distance of n images from n of
-    the teacher's samples, in pixels; and "sw2_teacher", that of n other samples, which is the least
-    that one can expect. The samples are drawn once and kept in the file `path`. UserError if they
-    are not finite."""
+    the teacher's samples, in pixels; "sw2_teacher", of n other samples, is the least to expect. The
+    samples are drawn once and kept in the file `path`. UserError if they are not finite."""
     if not path.exists():
         seeds = range(10**6, 10**6 + 2 * n)  # not those of the generator's images
         device = next(d_q.parameters()).device

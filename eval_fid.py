@@ -119,23 +119,22 @@ Images = namedtuple("Images", "name read shape size sha256")
 
 
 def generated(path, args, device):
-    """The images of a run of stage 2, or of a checkpoint: those of the generator or, with --nfe,
-    those of its teacher. A file that names no teacher is taken for a teacher itself."""
+    """The images of a checkpoint: those of the generator or, with --nfe, those of its teacher. A
+    file that names no teacher is taken for a teacher itself."""
     try:
         net, t_star, meta = edm.load_denoiser(path, args.teacher)
     except UserError as error:
         raise UserError(f"{error}. eval_fid.py reads runs of stage 2, 02_edm_cifar.py") from error
-    digest = sha256(path / "g_ema.pt" if path.is_dir() else path)
-    t_star, named = args.t_star or t_star, args.teacher or meta.get("teacher")
-    name = f"{path}, one step from t* = {t_star:g}"
+    t_star, named, digest = args.t_star or t_star, args.teacher or meta.get("teacher"), sha256(path)
+    name = f"{args.source}, one step from t* = {t_star:g}"
     sample = partial(edm.sample_one_step, net, t_star)
     if args.nfe > 1:
-        name = f"{args.nfe} evaluations of {path}"
+        name = f"{args.nfe} evaluations of {args.source}"
         if named:
             require(":" not in named or named == args.teacher,  # a file names nothing to import
-                    f"--nfe {args.nfe}: name the teacher of {path} by --teacher")
+                    f"--nfe {args.nfe}: name the teacher of {args.source} by --teacher")
             net, _, facts = edm.load_teacher(named)
-            name = f"{args.nfe} evaluations of {named}, teacher of {path}"
+            name = f"{args.nfe} evaluations of {named}, teacher of {args.source}"
             digest = facts.get("teacher_sha256")
         sample = partial(edm.sample_teacher, net, num_steps=(args.nfe + 1) // 2)
     require(net.image_shape[0] in (1, 3), f"{path}: images of {net.image_shape[0]} channels, "
@@ -361,12 +360,12 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     args = parse(words)
     device, path = pick_device(args.device), Path(args.source)
-    is_run = (path / "g_ema.pt").exists()
-    of_network = is_run or path.suffix in (".pt", ".pkl")
+    if (path / "g_ema.pt").exists():  # a run
+        path = path / "g_ema.pt"
+    of_network = path.suffix in (".pt", ".pkl")
     images = generated(path, args, device) if of_network else open_images(path)
     check_flags(args, images)
-    n, folder = args.n or images.size or 50_000, path if is_run else path.parent
-    out = Path(args.out or folder / "fid.json")
+    n, out = args.n or images.size or 50_000, Path(args.out or path.parent / "fid.json")
     read_results(out)  # an error there comes before the work
     x = images.read([0]).to(device)
     detect, digest = load_detector(args, x)

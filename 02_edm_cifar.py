@@ -587,15 +587,13 @@ def distil(args, run, d_q, examiner, train=train, sample=sample_one_step):
 def summarise(run, **figures):
     """Write metrics.json, and print what the file says."""
     metrics = run.finish(**figures)
-    titles = {"fd": ("FD-judge", "12.2f"), "class_accuracy": ("right class", "12.1%"),
-              "sw2": ("sliced W2", "12.4f")}
-    columns = [key for key in titles if key in figures]
-    if columns:
-        print(f"{metrics['n']} images".ljust(23), *[f"{titles[key][0]:>12}" for key in columns])
+    titles = {"fd": "FD-judge {:8.2f}", "class_accuracy": "right class {:6.1%}",
+              "sw2": "sliced W2 {:8.4f}", "n": "{:6} images"}
     for name, of in {"true images": "_floor", "teacher": "_teacher", "one step": ""}.items():
-        cells = [f"{figures[key + of]:{titles[key][1]}}" for key in columns if key + of in figures]
+        cells = [title.format(figures[key + of]) for key, title in titles.items()
+                 if key + of in figures]
         if cells:
-            print(f"{name:23}", *cells)
+            print(f"{name:13}", *cells, sep="  ")
     own = f" --teacher {metrics['teacher']}" if ":" in metrics["teacher"] else ""
     print(f"{metrics['seconds']:.0f} s; pictures: {run.folder}/samples.png (teacher | one step)\n"
           f"next: python 02_edm_cifar.py --sample {run.folder}{own} --n 64 --teacher-sample")

@@ -235,8 +235,7 @@ class Dtype(str):
 
 def rebuild_tensor(storage, offset, size, stride, *_):
     """A view of the storage. RuntimeError for a view that is larger than its storage."""
-    values = torch.tensor([], dtype=torch.float32).set_(storage)
-    return values.as_strided(size, stride, offset)
+    return torch.empty(0).set_(storage).as_strided(size, stride, offset)
 
 
 def load_storage(data):

@@ -471,9 +471,8 @@ def sample_one_step(g, t_star, z, labels, batch=200):
 def sample_teacher(net, z, labels, num_steps=18, batch=200):
     """The same by Heun's method: 2 num_steps - 1 evaluations of the teacher, 35 unless given. A
     teacher may have another span of noise levels than EDM's, as its attribute sigma_range."""
-    pairs, span = zip(z.split(batch), labels.split(batch)), {}
-    if hasattr(net, "sigma_range"):
-        span = dict(zip(("sigma_min", "sigma_max"), net.sigma_range))
+    span = dict(zip(("sigma_min", "sigma_max"), getattr(net, "sigma_range", ())))
+    pairs = zip(z.split(batch), labels.split(batch))
     return torch.cat([edm_sampler(bind_labels(net, c), z, num_steps, **span) for z, c in pairs])
 
 

@@ -483,10 +483,10 @@ def on_screen(net, x):
     return (x - low) * (2 / (high - low)) - 1
 
 
-def picture(columns, rows=10):
-    """Sets of images (N, C, H, W) beside each other, each in at most `rows` rows, enlarged to about
-    600 pixels in height. -> a Pillow image"""
-    blocks = [image_grid(x, math.ceil(len(x) / rows)) for x in columns]
+def picture(net, *sets, rows=10):
+    """Sets of the network's images (N, C, H, W) beside each other, each in at most `rows` rows,
+    enlarged to about 600 pixels in height. -> a Pillow image"""
+    blocks = [image_grid(on_screen(net, x), math.ceil(len(x) / rows)) for x in sets]
     gap, zoom = 4, max(1, 600 // blocks[0].height)
     wide = Image.new("RGB", (sum(b.width + gap for b in blocks) - gap, blocks[0].height), "white")
     for i, block in enumerate(blocks):
@@ -559,12 +559,9 @@ def distil(args, run, d_q, examiner, train=train, sample=sample_one_step):
         z, labels = draw_latents(range(n), shape, classes, device=device)
         return examiner.ask(one_step(z, labels), labels)
 
-    def draw(*sets):
-        return picture([on_screen(d_q, x) for x in sets])
-
     def evaluate():
         """Draws a picture, and saves the best generator so far. -> figures"""
-        save_picture(draw(one_step(*shown)), run.folder / "samples" / f"{run.step:07}.png")
+        save_picture(picture(d_q, one_step(*shown)), run.folder / "samples" / f"{run.step:07}.png")
         if not examiner:
             return {}
         figures = examine(examiner.look)
@@ -577,8 +574,8 @@ def distil(args, run, d_q, examiner, train=train, sample=sample_one_step):
         run.write(**evaluate())
     train(args, d_q, run, evaluate)
     if run.is_first:
-        picture_of_both = draw(sample_teacher(d_q, *shown), one_step(*shown))
-        save_picture(picture_of_both, run.folder / "samples.png")
+        both = picture(d_q, sample_teacher(d_q, *shown), one_step(*shown))
+        save_picture(both, run.folder / "samples.png")
         summarise(run, **examine(examiner.final) | examiner.known if examiner else {})
 
 
@@ -619,8 +616,8 @@ def sample(args, device, several=None):
     out = sample_path(args, args.sample)
     sets = {name: make(z, labels) for name, make in makers.items()}
     values = {f"{name}_values": x.cpu() for name, x in sets.items()}  # (N, C, H, W), as drawn
+    draw = partial(picture, g, *sets.values(), rows=math.ceil(args.n**0.5))
     sets = {name: on_screen(g, x) for name, x in sets.items()}
-    draw = partial(picture, [*sets.values()], rows=math.ceil(args.n**0.5))
     numbers = labels.argmax(1).cpu() if g.label_dim else []
     write_samples(out, sets, draw, args.seed, labels=numbers, **values)
     print(f"{args.n} images ({' | '.join(sets)}): {out}")

@@ -132,7 +132,7 @@ def main(argv=None):
     require(x_0.isfinite().all() and x_0.std() > 0, "samples of the teacher are not finite, or "
             "all the same: expected a trained denoiser")
     rows = math.ceil(args.n**0.5)
-    save_picture(edm.picture([edm.on_screen(d_q, x_0)], rows), args.out)
+    save_picture(edm.picture(d_q, x_0, rows=rows), args.out)
     report(args, x_0, errors(d_q, x_0, labels))
 
 

@@ -73,9 +73,9 @@ class Waves(nn.Module):
 
 class Conv(nn.Conv2d):
     """A convolution of x (B, C, H, W) that may halve ("down") or double ("up") the resolution with
-    the separable filter `taps`, first. If fused, nothing is padded between filter and weights."""
+    the separable filter `taps`, first. If fused, the filter is last, and nothing is padded then."""
     def __init__(self, c_in, c_out, kernel, gain=1.0, resample=None, taps=(1, 1), fused=False):
-        super().__init__(c_in, c_out, kernel, padding=kernel // 2)
+        super().__init__(c_in, c_out, kernel, padding=kernel // 2 + fused * (len(taps) // 2 - 1))
         nn.init.xavier_uniform_(self.weight, gain)
         nn.init.zeros_(self.bias)
         self.resample, self.fused = resample, fused
@@ -84,21 +84,19 @@ class Conv(nn.Conv2d):
             taps = torch.outer(taps, taps) / taps.sum()**2
             self.register_buffer("resample_filter", taps[None, None])
 
-    def change_resolution(self, x, padded=True):
+    def change_resolution(self, x):
         k, c = self.resample_filter.shape[-1], x.shape[1]
         if k == 2:  # a box filter: pooling is several times faster
             return (F.avg_pool2d(x, 2) if self.resample == "down" else
                     F.interpolate(x, scale_factor=2))
-        taps, options = self.resample_filter.expand(c, 1, k, k), {"stride": 2, "groups": c}
+        taps, padding = self.resample_filter.expand(c, 1, k, k), 0 if self.fused else k // 2 - 1
         if self.resample == "up":
-            return F.conv_transpose2d(x, 4 * taps, padding=k // 2 - 1, **options)
-        return F.conv2d(x, taps, padding=k // 2 - 1 if padded else 0, **options)
+            return F.conv_transpose2d(x, 4 * taps, stride=2, padding=padding, groups=c)
+        return F.conv2d(x, taps, stride=2, padding=padding, groups=c)
 
     def forward(self, x):
         if self.fused:
-            wide = self.padding[0] + self.resample_filter.shape[-1] // 2 - 1
-            x = self.change_resolution(F.conv2d(x, self.weight, padding=wide), padded=False)
-            return x + self.bias[:, None, None]
+            return self.change_resolution(super().forward(x))  # the taps sum to 1: the bias stays
         return super().forward(self.change_resolution(x) if self.resample else x)
 
 

@@ -135,8 +135,7 @@ def generated(path, args, device):
             name = f"{args.nfe} evaluations of {named}, teacher of {args.source}"
             digest = facts.get("teacher_sha256")
         sample = partial(edm.sample_teacher, net, num_steps=(args.nfe + 1) // 2)
-    require(net.image_shape[0] in (1, 3), f"{path}: images of {net.image_shape[0]} channels, "
-            "expected one or three")
+    require(net.image_shape[0] in (1, 3), f"{path}: expected images of one channel or three")
     net.to(device)
 
     def read(numbers):

@@ -212,8 +212,7 @@ def make_unet(**net_args):
     """SongUNet's arguments, which may come from a file -> net(x, t, class_labels=None), a denoiser
     that knows its image_shape (C, H, W) and label_dim. UserError for too many layers."""
     require(net_args.get("num_blocks", 4) <= 32 and len(net_args.get("channel_mult", ())) <= 8 and
-            0 <= net_args.get("label_dropout", 0) < 1,
-            "blocks, levels or dropout that no such network has")
+            0 <= net_args.get("label_dropout", 0) < 1, "its blocks, levels or label_dropout")
     net = EDMPrecond(SongUNet(**net_args))
     net.net_args, net.label_dim = net_args, int(net_args.get("label_dim", 0))
     net.image_shape = (net_args.get("img_channels", 3), *[net_args["img_resolution"]] * 2)

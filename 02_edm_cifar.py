@@ -422,7 +422,6 @@ def import_teacher(name):
     with (reading(f"--teacher {name}", "a function that returns a denoiser (README.md)"),
           torch.device("cpu")):  # and not on the meta device, where load_frozen builds a network
         net = getattr(importlib.import_module(module), function)()
-        require(isinstance(net, nn.Module), f"a {type(net).__name__} is no torch module")
         require({w.dtype for w in net.parameters()} == {torch.float32}, "weights not in float32")
         require(len(net.image_shape) == 3 and net.label_dim >= 0, "its image_shape or label_dim")
         x = torch.zeros(2, *net.image_shape, requires_grad=True)

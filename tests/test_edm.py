@@ -626,8 +626,8 @@ class Detached(Foreign):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("number", "a int is no torch module"), ("half", "not in float32"), ("failing", "two"),
-    ("shapeless", "image_shape"), ("no_such_function", "no_such_function"),
+    ("number", "'int' object has no attribute 'parameters'"), ("half", "not in float32"),
+    ("failing", "two"), ("shapeless", "image_shape"), ("no_such_function", "no_such_function"),
     ("cropping", "(2, 3, 8, 8) becomes (2, 1, 8, 8)"), ("pair", "tuple"),
     ("constant", "no gradient"), ("detached", "no gradient"), ("infinite", "not finite"),
     ("Needy", "class_labels"), ("OneTime", "2 elements"), ("Detached", "no gradient")])

@@ -360,14 +360,13 @@ def find_judge(args, d_q, meta):
     images from the judge's file, and of the teacher from its own if they are of this judge."""
     if args.judge == "none" or not (args.judge or args.teacher == "fashion"):
         return None
-    judge = load_judge(args.judge or JUDGE, d_q.image_shape)
+    judge = load_judge(args.judge or JUDGE, d_q.image_shape).to(next(d_q.parameters()).device)
     classes = judge.head.out_features
     require(d_q.label_dim in (0, classes),
             f"the judge knows {classes} classes, the teacher {d_q.label_dim}")
     known = judge.meta["floor"] | {"n": FINAL, "judge_sha256": judge.sha256}
     if meta.get("judge_sha256") == judge.sha256:
         known |= meta.get("judged", {})
-    judge = judge.to(next(d_q.parameters()).device)
     return Examiner(lambda x, labels: grade(judge, on_screen(d_q, x), labels), LOOK, FINAL, known)
 
 

@@ -359,8 +359,7 @@ def main(argv=None):
     device, path = pick_device(args.device), Path(args.source)
     if (path / "g_ema.pt").exists():  # a run
         path = path / "g_ema.pt"
-    of_network = path.suffix in (".pt", ".pkl")
-    images = generated(path, args, device) if of_network else open_images(path)
+    images = generated(path, args, device) if path.suffix in (".pt", ".pkl") else open_images(path)
     check_flags(args, images)
     n, out = args.n or images.size or 50_000, Path(args.out or path.parent / "fid.json")
     read_results(out)  # an error there comes before the work

@@ -307,17 +307,12 @@ def net_args_of(state):
 
 # ---- From latents to pixels: the decoder of sd-vae-ft-ema, which diffusers has ----
 class VAEDecoder(nn.Module):
-    """latents (B, 4, H, W), as sampled -> images (B, 3, 8H, 8W), in about [-1, 1], not clamped. The
-    arguments are those of the VAE's config.json, most of which are for the encoder."""
-    def __init__(self, block_out_channels, layers_per_block, norm_num_groups, latent_channels=4,
-                 scaling_factor=0.18215, **of_the_encoder):
+    """The decoder of a diffusers AutoencoderKL: latents (B, 4, H, W), as sampled -> images
+    (B, 3, 8H, 8W), in about [-1, 1], not clamped."""
+    def __init__(self, vae):
         super().__init__()
-        from diffusers.models.autoencoders.vae import Decoder
-        self.scaling_factor = scaling_factor
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        blocks = ["UpDecoderBlock2D"] * len(block_out_channels)
-        self.decoder = Decoder(latent_channels, 3, blocks, block_out_channels, layers_per_block,
-                               norm_num_groups)
+        self.scaling_factor = vae.config.scaling_factor
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
     def forward(self, latents):
         return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
@@ -327,7 +322,7 @@ def load_vae_decoder(folder):
     """A diffusers AutoencoderKL -> its decoder, frozen, in float32. UserError as in load_pixart."""
     # load_frozen builds on the meta device. diffusers must not be imported there: the constants
     # that diffusers makes during its import would have no values.
-    import diffusers.models.autoencoders.vae  # noqa: F401
+    from diffusers import AutoencoderKL
     folder = inside(folder, "vae")
     config, state = read_config(folder), {}
     older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -338,7 +333,8 @@ def load_vae_decoder(folder):
             if not name.startswith(("encoder.", "quant_conv.")):
                 state[name] = w
         require(len(config["block_out_channels"]) <= 10, "a VAE of more than ten blocks")
-        net = load_frozen(VAEDecoder, config, state)
+        build = lambda **config: VAEDecoder(AutoencoderKL.from_config(config))
+        net = load_frozen(build, config, state)
         # A wrong scaling_factor or norm_num_groups changes no shape, and shows in an image alone.
         require(net(torch.zeros(1, 4, 2, 2)).isfinite().all(), "its images are not finite")
     return net

@@ -74,8 +74,11 @@ def test_heads_and_masks_matter(release):
 def test_full_size_has_the_published_names_and_shapes():
     published = json.loads((PIXART / "shapes.json").read_text())
     wanted = published["PixArt-XL-2-512x512"]
+    from diffusers import AutoencoderKL
     with torch.device("meta"):
-        net, decoder = t2i.PixArt(), t2i.VAEDecoder((128, 256, 512, 512), 2, 32)
+        net, decoder = t2i.PixArt(), t2i.VAEDecoder(AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4))
         theirs = {name: torch.zeros(shape) for name, shape in wanted["shapes"].items()}
     ours = net.state_dict()
     if any(name.startswith("transformer_blocks") for name in theirs):

@@ -28,6 +28,7 @@ from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, dr
                     seed_step, sha256, train_only, update, write_samples)
 
 import torch
+import transformers
 from einops import rearrange
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -342,14 +343,8 @@ def load_vae_decoder(folder):
 
 # ---- Text: T5, once for all prompts ----
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-
-
-def load_transformers():
-    """The library, which takes seconds to import, and without its messages."""
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 def load_network(kind, folder, **options):
@@ -371,9 +366,9 @@ def load_text_encoder(folder, dtype):
                  "special_tokens_map.json and the weights"):
         require((words / "spiece.model").exists(), "no spiece.model")  # else a text is one token
         read_config(words, "tokenizer_config.json")
-        tokenizer = load_transformers().AutoTokenizer.from_pretrained(words, **LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words, **LOCAL)
         tokenizer(["a"])  # model_max_length may be of another type
-        encoder = load_network(load_transformers().T5EncoderModel, model, dtype=dtype)
+        encoder = load_network(transformers.T5EncoderModel, model, dtype=dtype)
     return encoder.to(dtype).eval().requires_grad_(False), tokenizer
 
 
@@ -451,12 +446,12 @@ class Miniature(nn.Module):
     def __init__(self, net, text):
         super().__init__()
         check_sizes(text, MINI_TEXT)
-        library, self.net_args = load_transformers(), {"net": net, "text": text}
+        self.net_args = {"net": net, "text": text}
         self.net = EDMPrecond(PixArt(**net))
-        self.text = library.T5EncoderModel(library.T5Config(**text))
+        self.text = transformers.T5EncoderModel(transformers.T5Config(**text))
 
     def encode(self, prompts):
-        tokenizer = load_transformers().ByT5Tokenizer()  # a token is a byte: no file is needed
+        tokenizer = transformers.ByT5Tokenizer()  # a token is a byte: no file is needed
         return encode_captions(self.text, tokenizer, prompts, self.net.model.tokens, 500)
 
     def decode(self, x):

@@ -17,6 +17,7 @@ from common import (load_frozen, one_line_errors, pick_device, plain_parser, pro
                     require, save, sha256)
 
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -26,13 +27,12 @@ t2i = importlib.import_module("03_pixart_t2i")
 
 def load_clip(folder):
     """CLIPModel and its processor, from a folder. UserError if a file or a tensor is missing."""
-    library = t2i.load_transformers()
     with reading(folder, "a CLIP: config.json, model.safetensors, the tokenizer's files and the "
                  "preprocessor's"):
         for name in ("preprocessor_config.json", "tokenizer_config.json"):
             t2i.read_config(folder, name)
-        processor = library.AutoProcessor.from_pretrained(folder, **t2i.LOCAL)
-        model = t2i.load_network(library.CLIPModel, folder)
+        processor = transformers.AutoProcessor.from_pretrained(folder, **t2i.LOCAL)
+        model = t2i.load_network(transformers.CLIPModel, folder)
         side, images = model.config.vision_config.image_size, processor.image_processor
         require(images.size == {"shortest_edge": side} and
                 images.crop_size == {"height": side, "width": side}, "images of another size")

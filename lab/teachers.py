@@ -202,7 +202,7 @@ def train_miniature(args, device):
     initialise(net.net.model)
     net = net.to(device)
     seen = [prompt for prompt in shapes.PROMPTS if not shapes.held_out(prompt)]
-    tokens = t2i.load_transformers().ByT5Tokenizer()(
+    tokens = t2i.transformers.ByT5Tokenizer()(
         [shapes.caption_of(prompt) for prompt in seen], padding="max_length",
         max_length=t2i.MINI_NET["caption_tokens"], return_tensors="pt").to(device)
 

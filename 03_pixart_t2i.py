@@ -273,11 +273,10 @@ def load_pixart(path, num_heads=16, prefer_ema=False):
     says num_heads. UserError, with tensors named, unless names and shapes fit and all is finite."""
     path = inside(path, "transformer")
     config = read_config(path) if path.is_dir() else {}
-    kinds = ("state_dict_ema",) if prefer_ema else ("ema", "state_dict")
     with reading(path, "PixArt-alpha at 256 or 512: a .pth, or a diffusers folder"):
         saved, sizes = read_weights(path), {"num_heads": num_heads}
-        require(not prefer_ema or "state_dict_ema" in saved, "it has no state_dict_ema")
-        tensors = next((saved[kind] for kind in kinds if kind in saved), saved)
+        tensors = (saved["state_dict_ema"] if prefer_ema else
+                   saved.get("ema", saved.get("state_dict", saved)))
         state = {k.removeprefix("module.").removeprefix("model."): w for k, w in tensors.items()}
         require(len(state) == len(tensors), "the same tensor twice, with and without a prefix")
         state.pop("u", None)  # the noise table, which the release has in its file

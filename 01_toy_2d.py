@@ -63,19 +63,19 @@ def polar(radius, angle):
     return torch.view_as_real(torch.polar(radius, angle))  # (K,), (K,) -> (K, 2)
 
 
+arm = torch.linspace(0.04, 1, 48).sqrt()
+moon = 0.8 * polar(torch.ones(24), torch.linspace(0, math.pi, 24)) - torch.tensor([0.4, 0.2])
+MIXTURES = {  # means (K, 2) and std: to add a mixture, add a line
+    "ring": (polar(torch.ones(8), torch.arange(8) * math.pi / 4), 0.1),
+    "grid": (torch.cartesian_prod(*[torch.linspace(-1, 1, 3)] * 2), 0.1),
+    "spiral": (polar(1.2 * arm, 3 * math.pi * arm), 0.05),
+    "moons": (torch.cat([moon, -moon]), 0.06)}
+
+
 def make_mixture(name, device="cpu"):
-    """A mixture in the plane by its name. To add one, add a line: its means (K, 2) and its std."""
-    half_turn, arm = torch.linspace(0, math.pi, 24), torch.linspace(0.04, 1, 48).sqrt()
-    moon = 0.8 * polar(torch.ones(24), half_turn) - torch.tensor([0.4, 0.2])
-    means, std = {
-        "ring": (polar(torch.ones(8), torch.arange(8) * math.pi / 4), 0.1),
-        "grid": (torch.cartesian_prod(*[torch.linspace(-1, 1, 3)] * 2), 0.1),
-        "spiral": (polar(1.2 * arm, 3 * math.pi * arm), 0.05),
-        "moons": (torch.cat([moon, -moon]), 0.06)}[name]
+    means, std = MIXTURES[name]
     return Mixture(means.to(device), std)
 
-
-MIXTURES = ("ring", "grid", "spiral", "moons")
 
 # ---- A. The theorem ----
 # With N fixed latents, the student's p_t is a mixture of N Gaussians around the points g(z_i). Its

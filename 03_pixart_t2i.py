@@ -30,7 +30,7 @@ from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, dr
 import torch
 import transformers
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -591,23 +591,21 @@ class Test:
         return images, figures | {"ms_image": milliseconds}
 
 
-def sheet(images, columns=1):
-    """Images (N, 3, H, W) row by row, small ones enlarged to about 110 pixels. -> a Pillow image"""
-    grid, zoom = image_grid(images, columns), max(1, 110 // images.shape[-1])
-    return grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
+def enlarged(images):
+    """Images (N, 3, H, W), small ones enlarged to about 110 pixels."""
+    return F.interpolate(images, scale_factor=max(1, 110 // images.shape[-1]))
 
 
-def captioned(sets, texts, across=10):
-    """Sets of images (N, 3, H, W) above each other, with N texts below. -> a Pillow image"""
-    size = 8 + sheet(sets[0][:1]).width  # 8: a white margin
-    tall, rows = size * len(sets) + 64, math.ceil(len(texts) / across)
-    picture = Image.new("RGB", (size * min(across, len(texts)), tall * rows), "white")
+def captioned(sets, texts):
+    """Sets of images (N, 3, H, W) above each other, with the first texts below, ten beside each
+    other. -> a Pillow image"""
+    cells = [F.pad(enlarged(x[:len(texts)]), (0, 8, 0, 8), value=1.0) for x in sets]
+    cells = F.pad(torch.cat(cells, dim=2), (0, 0, 0, 64), value=1.0)  # white, for the text
+    picture, (tall, wide) = image_grid(cells, min(10, len(texts))), cells.shape[2:]
     for k, text in enumerate(texts):
-        x, y = size * (k % across), tall * (k // across)
-        for i, images in enumerate(sets):
-            picture.paste(sheet(images[k:k + 1]), (x, y + i * size))
-        lines = "\n".join(textwrap.wrap(text, size // 6)[:4])  # a letter has 6 pixels
-        ImageDraw.Draw(picture).text((x, y + size * len(sets)), lines, "black")
+        lines = "\n".join(textwrap.wrap(text, wide // 6)[:4])  # a letter has 6 pixels
+        place = (k % 10 * wide, (k // 10 + 1) * tall - 64)
+        ImageDraw.Draw(picture).text(place, lines, "black")
     return picture
 
 
@@ -676,7 +674,8 @@ def distil(args, run, d_q, captions, test, more=()):
 
     def evaluate():
         images, figures = test(partial(sample_one_step, run.g_ema, args.t_star))
-        save_picture(sheet(images[:80], 10), run.folder / "samples" / f"{run.step:07}.png")
+        picture = image_grid(enlarged(images[:80]), 10)
+        save_picture(picture, run.folder / "samples" / f"{run.step:07}.png")
         return figures
 
     if run.step == 0 and run.is_first:
@@ -737,7 +736,7 @@ def sample(args, device):
     sets = {name: pipeline.decode(x).cpu() for name, x in sets.items()}
     draw = partial(captioned, [*sets.values()], texts)
     if len(texts) == len(sets) == 1:  # a single image needs no caption
-        draw = partial(sheet, sets["one_step"])
+        draw = partial(image_grid, enlarged(sets["one_step"]))
     write_samples(out, sets, draw, args.seed, texts)
     print(f"{len(texts)} images ({' above '.join(sets)}): {out}")
 

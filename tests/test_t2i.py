@@ -614,7 +614,7 @@ def test_two_ranks_give_one_process_s_weights(whole):
         sys.path.insert(0, {str(ROOT)!r})
         t2i = importlib.import_module("03_pixart_t2i")
         t2i.summarise = t2i.Test.__call__ = lambda *_: ([], {{}})
-        t2i.sheet, t2i.save_picture = lambda *_: None, lambda *_: None
+        t2i.enlarged = t2i.image_grid = t2i.save_picture = lambda *_: None
         t2i.main({typed})""")
     done = subprocess.run([*torchrun, "ranks.py"], cwd=whole.parent, text=True,
                           capture_output=True, timeout=300)

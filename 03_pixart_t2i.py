@@ -67,9 +67,8 @@ def sinusoids(positions, dim, cosine_first=False):
 @cache
 def position_embedding(height, width, dim, device="cpu", dtype=torch.float32):
     """-> (1, height * width, dim): half of the channels is for the column, half for the row."""
-    columns, rows = [sinusoids(torch.arange(n, dtype=torch.float64), dim // 2)
-                     for n in (width, height)]
-    table = torch.cat([columns.repeat(height, 1), rows.repeat_interleave(width, dim=0)], dim=1)
+    row, column = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double().T
+    table = torch.cat([sinusoids(place, dim // 2) for place in (column, row)], dim=1)
     return table[None].float().to(device, dtype)
 
 

@@ -557,8 +557,7 @@ def in_batches(solve, net, z, caption, mask, batch=100):
 @torch.no_grad()
 def sample_one_step(g, t_star, z, caption, mask):
     """(B.15): z (N, C, H, W) standard normal, caption (N, L, C), mask (N, L) -> (N, C, H, W)"""
-    t = torch.full((1, 1, 1, 1), t_star, device=z.device)
-    return in_batches(lambda denoiser, z: denoiser(t * z, t), g, z, caption, mask)
+    return in_batches(lambda denoiser, z: denoiser(t_star * z, t_star), g, z, caption, mask)
 
 
 def sample_teacher(guided, z, caption, mask, num_steps=14, solver="dpm"):
@@ -623,8 +622,7 @@ def train(args, d_q, captions, run, evaluate, more=()):
     weight_psi = lambda_edm if args.weight_psi == "edm" else torch.ones_like
     draw = partial(draw_captioned, args, d_q, captions)
     bind = lambda net, cond: as_denoiser(net, args.amp, *cond)  # -> (x_t, t) -> denoised
-    device = next(g.parameters()).device
-    t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
+    t_star, device = args.t_star, next(g.parameters()).device
 
     for step in run.steps():
         random = seed_step(args.seed, step, device)

@@ -327,9 +327,10 @@ class EDMPrecond(nn.Module):
 def as_denoiser(net, amp, *cond, **named_cond):
     """A network of images with its conditions -> a denoiser (x_t, t) -> denoised of x_t's dtype.
     Under autocast to bfloat16 if amp is "bf16". denoiser.cond says which conditions."""
-    def denoiser(x_t, t):
+    def denoiser(x_t, t):  # t is a number or (B, 1, 1, 1)
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t), 1, 1, 1)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
-            return net(x_t, t.expand(len(x_t), 1, 1, 1), *cond, **named_cond).to(x_t.dtype)
+            return net(x_t, t, *cond, **named_cond).to(x_t.dtype)
 
     denoiser.cond = cond  # for a loss that depends on them, as a reward does
     return denoiser

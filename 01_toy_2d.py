@@ -307,11 +307,10 @@ def panel(mixture, x, title, size=360):
     grid = torch.cartesian_prod(-axis, axis).flip(1)  # row by row from the top, (x, y)
     density = torch.exp(-torch.cdist(grid, mixture.means.cpu())**2 / (2 * mixture.std**2)).sum(1)
     blue = density.reshape(size, size, 1) / density.max() * torch.tensor([0.62, 0.44, 0.2])
-    place = (x[:4000].cpu() * torch.tensor([1.0, -1.0]) + reach) / (2 * reach)
-    column, row = (place[((place >= 0) & (place < 1)).all(1)] * size).long().T
-    points = torch.bincount(row * size + column, minlength=size**2).float().reshape(1, size, size)
-    points = nn.functional.max_pool2d(points, 3, 1, 1)[0, :, :, None]  # 3 x 3 pixels a point
-    opacity = 1 - 0.6**points
+    x = x[:4000].cpu().numpy()
+    points, _, _ = np.histogram2d(-x[:, 1], x[:, 0], size, [[-reach, reach]] * 2)  # row, column
+    points = nn.functional.max_pool2d(torch.from_numpy(points)[None], 3, 1, 1)  # 3 x 3 a point
+    opacity = 1 - 0.6**points[0, :, :, None]
     rgb = (1 - blue) * (1 - opacity) + torch.tensor([0.82, 0.29, 0.36]) * opacity
     picture = Image.new("RGB", (size, size + 26), "white")
     picture.paste(Image.fromarray((255 * rgb).byte().numpy()), (0, 26))

@@ -18,7 +18,7 @@ from functools import partial
 from common import (DISTANCES, Distance, EDMPrecond, Run, atomic, batch_sum, count, diffuse,
                     draw_batch, dsm_loss, edm_sampler, ema_beta, ema_update, lambda_edm,
                     load_generator, make_generator_loss, make_parser, make_parts, one_line_errors,
-                    p_edm, pick_device, progress, reading, require, sample_path, save, save_picture,
+                    p_edm, pick_device, progress, reading, sample_path, save, save_picture,
                     seed_step, sim_loss, sliced_w2, train_only, update)
 
 import numpy as np
@@ -214,9 +214,8 @@ class MLP(nn.Module):
         return self.layers(torch.cat([x, angles.cos(), angles.sin()], dim=1))
 
 
-def make_denoiser(**net_args):
-    require(net_args.get("depth", 4) <= 100, "more layers than such a network has")
-    return EDMPrecond(MLP(**net_args))
+def make_denoiser():
+    return EDMPrecond(MLP())
 
 
 def denoising_loss(net, x_0):

@@ -273,7 +273,7 @@ def heavy(tmp):
         "deflated.npz": (lambda: eval_fid.open_images(declared(tmp / "x.npz")), "compressed"),
         "pos_embed": (pth("a.pth", pos_embed=(1, 4 * 10**8, 1)), "repeat"),
         "weights": (pth("b.pth", more=(10**5, 10**5)), "repeat"),
-        "depth": (lambda: toy.sample(typed(generator(tmp / "d.pt", {"depth": 10**9}))), "layers"),
+        "depth": (lambda: toy.sample(typed(generator(tmp / "d.pt", {"depth": 10**9}))), "depth"),
         "segments": (lambda: neighbours.sample(typed(generator(tmp / "s.pt", {"flow": False},
                                                                **flow))), "10000000 segments"),
         "T5's d_ff": (t5(tmp / "t5a", "config.json", d_ff=10**8), "too small"),

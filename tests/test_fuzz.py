@@ -144,8 +144,7 @@ def of_toy(folder):
                      "t_star": 2.5, "meta": {"mixture": "ring", "segments": 2}}, folder / name)
         typed = Namespace(sample=str(folder / name), n=3, seed=0, out=str(folder / "x.npz"))
         return saved(folder / name, lambda: read(typed))
-    return [make("a.pt", {"width": 8, "depth": 2, "waves": 2, "dim": 2}, toy.make_denoiser,
-                 toy.sample),
+    return [make("a.pt", {}, toy.make_denoiser, toy.sample),
             make("b.pt", {"flow": False}, neighbours.make_denoiser, neighbours.sample)]
 
 

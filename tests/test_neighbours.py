@@ -270,7 +270,7 @@ def test_without_a_second_network_the_gradient_is_that_of_the_batch(method):
 
 def test_sida_is_sim_and_a_gan_on_d_psis_last_hidden_layer():
     torch.manual_seed(0)
-    g, d_psi = Affine(0.4), toy.make_denoiser(width=8)
+    g, d_psi = Affine(0.4), toy.make_denoiser()
     sida = make("sida", g, d_psi=d_psi, batch=50)
     loss = sida.psi()
     sida.begin(4)

@@ -357,7 +357,7 @@ def load_network(kind, folder, **options):
     return net
 
 
-def load_text_encoder(folder, dtype):
+def load_text_encoder(folder, dtype, device="cpu"):
     """-> T5, tokenizer. UserError for another folder."""
     model, words = inside(folder, "text_encoder"), inside(folder, "tokenizer")
     with reading(folder, "a T5 encoder: config.json, spiece.model, tokenizer_config.json, "
@@ -367,7 +367,7 @@ def load_text_encoder(folder, dtype):
         tokenizer = transformers.AutoTokenizer.from_pretrained(words, **LOCAL)
         tokenizer(["a"])  # model_max_length may be of another type
         encoder = load_network(transformers.T5EncoderModel, model, dtype=dtype)
-    return encoder.to(dtype).eval().requires_grad_(False), tokenizer
+    return encoder.to(device, dtype).eval().requires_grad_(False), tokenizer
 
 
 @torch.no_grad()
@@ -481,9 +481,8 @@ class Pipeline:
         self.vae = load_vae_decoder(vae).to(self.device)
 
     def encode(self, prompts):
-        encoder, tokenizer = load_text_encoder(self.folders["t5"], torch.bfloat16)
-        tokens = self.net.model.tokens
-        return encode_captions(encoder.to(self.device), tokenizer, prompts, tokens)
+        text = load_text_encoder(self.folders["t5"], torch.bfloat16, self.device)
+        return encode_captions(*text, prompts, self.net.model.tokens)
 
     @torch.no_grad()
     def decode(self, latents):

@@ -459,8 +459,8 @@ def bind_labels(net, labels, amp="none"):
 @torch.no_grad()
 def sample_one_step(g, t_star, z, labels, batch=200):
     """(B.4): z (N, C, H, W) standard normal, labels (N, label_dim) -> images (N, C, H, W)"""
-    t, pairs = z.new_full((1, 1, 1, 1), t_star), zip(z.split(batch), labels.split(batch))
-    return torch.cat([bind_labels(g, c)(t * z, t) for z, c in pairs])
+    pairs = zip(z.split(batch), labels.split(batch))
+    return torch.cat([bind_labels(g, c)(t_star * z, t_star) for z, c in pairs])
 
 
 def sample_teacher(net, z, labels, num_steps=18, batch=200):
@@ -494,11 +494,10 @@ def train(args, d_q, run, evaluate):
     """Algorithm 2. d_q is frozen (load_teacher); d_psi and g started as copies of d_q."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
     generator_loss, distance = make_generator_loss(args)
-    weight_psi, device = lambda_edm, next(g.parameters()).device
+    weight_psi, t_star, device = lambda_edm, args.t_star, next(g.parameters()).device
     draw = partial(draw_batch, args, d_q.image_shape, d_q.label_dim)
     classes = torch.arange(d_q.label_dim, device=device)
     bind = lambda net, cond: bind_labels(net, (cond[:, None] == classes).float(), args.amp)
-    t_star = torch.full((1, 1, 1, 1), args.t_star, device=device)
 
     for step in run.steps():
         random = seed_step(args.seed, step, device)

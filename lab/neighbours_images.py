@@ -55,7 +55,8 @@ class OnImages:
         self.labels = torch.randint(classes, (self.args.batch,), **self.where)
         one_hot = F.one_hot(self.labels, classes).float()
         networks = self.run.d_psi, self.run.g, self.teacher
-        self.d_psi, self.g, self.d_q = [bind(net, one_hot, self.args.amp) for net in networks]
+        self.d_psi, self.g, self.d_q = [edm.bind_labels(net, one_hot, self.args.amp)
+                                        for net in networks]
 
     def psi(self):
         self.draw_classes()
@@ -67,12 +68,6 @@ class OnImages:
 
     def data(self):
         return self.mixture.of_classes(self.labels, self.where)
-
-
-def bind(net, one_hot, amp="none"):
-    """-> the denoiser (x, t) of these classes, for a t that is a number or (B, 1, 1, 1)."""
-    denoiser = edm.bind_labels(net, one_hot, amp)
-    return lambda x, t: denoiser(x, torch.as_tensor(t, dtype=x.dtype, device=x.device))
 
 
 class SiDA(OnImages, neighbours.SiDA):
@@ -98,7 +93,7 @@ def sample(g, t_star, z, labels, segments=1, batch=200):
     where = neighbours.own_noise(z.device)
     steps = partial(neighbours.renoised_steps, times=neighbours.equal_parts(t_star, segments))
     pairs = zip(z.split(batch), labels.split(batch))
-    return torch.cat([steps(bind(g, c), x, where=where) for x, c in pairs])
+    return torch.cat([steps(edm.bind_labels(g, c), x, where=where) for x, c in pairs])
 
 
 READ_ONLY_BY = {"sida few": "distance", "few": "segments", "sida realuid": "data"}

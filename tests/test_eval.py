@@ -453,8 +453,8 @@ def test_bad_arrays(evaluate, tmp_path):
             ({"mu": np.zeros(5), "sigma": np.eye(5)}, "(5,)"),
             ({"mu": np.zeros(6), "sigma": sigma, "features": "judge"}, "judge features"),
             ({"mu": np.zeros(6), "sigma": sigma, "detector_sha256": "0"}, "another detector"),
-            ({"mu": np.zeros(6, dtype=complex) + 1j, "sigma": sigma}, "not finite"),
-            ({"mu": np.zeros(6), "sigma": sigma * np.nan}, "not finite")):
+            ({"mu": np.zeros(6, dtype=complex) + 1j, "sigma": sigma}, "finite and real"),
+            ({"mu": np.zeros(6), "sigma": sigma * np.nan}, "finite and real")):
         np.savez(file, **arrays)
         assert message in evaluate("g.pt", file, "--n", 3, fails=True), message
     file.write_bytes(file.read_bytes()[:100])

@@ -759,7 +759,7 @@ def stage_parser(doc=__doc__, methods=()):
     return parser
 
 
-def distil_by_command(parser, argv, device, more=(), test=Test):
+def distil_by_command(parser, argv, device, more=(), make_test=Test):
     """What main does without --sample. A script of lab/ brings `more` methods and another test."""
     args = parser.parse_args(argv)
     require(not (args.prompt or args.prompt_file or args.latents or args.teacher_steps),
@@ -775,7 +775,7 @@ def distil_by_command(parser, argv, device, more=(), test=Test):
     *captions, blank = pipeline.encode(texts) if small else encode_once(pipeline, texts)
     facts |= {"prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
               "guidance": args.guidance}
-    test = test(pipeline, prompts, captions, meta)  # may refuse the prompts: before the folder
+    test = make_test(pipeline, prompts, captions, meta)  # before the folder, since it may refuse
     run = prepare(args, Run.default_folder(args, Path(facts["teacher"]).stem), pipeline, facts)
     if not run.finished():
         distil(args, run, Guided(pipeline.net, args.guidance, blank), captions, test, more)

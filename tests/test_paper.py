@@ -445,6 +445,7 @@ def test_numbers_of_the_paper(teacher, monkeypatch):
         Namespace(encode=None), {"prompts": ["a cat"]}, {"teacher": "pixart"})}
     monkeypatch.setattr(stage, "load_teacher", teachers[stage])
     monkeypatch.setattr(t2i, "encode_once", lambda pipeline, texts: texts)
+    monkeypatch.setattr(t2i.Test, "__init__", lambda *_: None)
     monkeypatch.setattr(stage, "prepare", lambda args, *rest: seen.append(vars(args)) or Namespace(
         finished=lambda: True))
     stage.main(["--teacher", teacher, "--device", "cpu"])

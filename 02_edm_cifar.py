@@ -491,7 +491,7 @@ def picture(net, *sets, rows=10):
 
 # ---- Distillation ----
 def train(args, d_q, run, evaluate):
-    """Algorithm 2. d_q is frozen (load_teacher); d_psi and g started as copies of d_q."""
+    """Algorithm 2. d_q is frozen (load_frozen); d_psi and g started as copies of d_q."""
     d_psi, g, g_ema = run.d_psi, run.g, run.g_ema
     generator_loss, distance = make_generator_loss(args)
     weight_psi, t_star, device = lambda_edm, args.t_star, next(g.parameters()).device

@@ -527,7 +527,7 @@ def load_teacher(name, device="cpu", t5=None, vae=None, prefer_ema=False):
 class Guided(nn.Module):
     """The teacher under classifier-free guidance w: D('') + w (D(caption) - D('')), in all channels
     (PixArt's own sampler guides three of four). D('') sees y_embedding under the caption's mask or,
-    where a file has none (diffusers), `blank`: the caption (L, C) of ''."""
+    of a file without y_embedding (diffusers), `blank`: the caption (L, C) of ''."""
     def __init__(self, net, guidance, blank=None):
         super().__init__()
         self.net, self.guidance = net, guidance

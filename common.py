@@ -40,8 +40,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 
-class UserError(ValueError, argparse.ArgumentTypeError):  # which argparse shows as it is
-    """A mistake that the user can mend: what was wrong, what was expected, what to do."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """A mistake that the user can mend: what was wrong, what was expected, what to do. argparse
+    prints the text of an ArgumentTypeError without a change."""
 
 
 def require(condition, message):
@@ -183,14 +184,17 @@ def lambda_edm(t, sigma_data=0.5):
     return (t**2 + sigma_data**2) / (t * sigma_data)**2
 
 
-def nowgt(x_0, q):
-    """SIM's weight of the generator's loss, 1 at every noise level (B.13). Figure 2's name."""
+def nowgt(x_0, teacher):
+    """SIM's weight of the generator's loss, 1 at every noise level (B.13). Figure 2 has this name.
+    `teacher` is d_q(x_t, t)."""
     return 1.0
 
 
-def sidwgt(x_0, q):
-    """SiD's weight, (B.11) for denoisers: 1 over the mean of |x_0 - q|, no gradient. -> (B,)"""
-    return 1 / (batch_sum((x_0 - q).abs()) / x_0[0].numel()).detach().clamp(min=1e-5)  # SiD's code
+def sidwgt(x_0, teacher):
+    """SiD's weight, (B.11) for denoisers: 1 over the mean of |x_0 - teacher|, without a gradient.
+    -> (B,). The least mean, 1e-5, is that of SiD's code."""
+    mean = batch_sum((x_0 - teacher).abs()) / x_0[0].numel()
+    return 1 / mean.detach().clamp(min=1e-5)
 
 
 WEIGHTS = {f.__name__: f for f in (nowgt, sidwgt)}
@@ -242,7 +246,7 @@ def di_loss(d_psi, d_q, x_0, t, eps=None, weight=nowgt):
 
 def make_generator_loss(args, more=()):
     """--method, --distance and --weight -> a function (d_psi, d_q, x_0, t, eps=None) -> loss (B,),
-    y_t; and the Distance. `more` has methods {name: loss} with the arguments of sim_loss."""
+    y_t; and the Distance. `more` has other methods {name: loss}, with the arguments of sim_loss."""
     if args.distance == "l1" and args.method == "sim":
         print("warning: l1 is wrong under autograd (see 01_toy_2d.py, part A); smoothl1 is exact")
     _, distance = parse_distance(args.distance)
@@ -326,7 +330,7 @@ class EDMPrecond(nn.Module):
 
 def as_denoiser(net, amp, *cond, **named_cond):
     """A network of images with its conditions -> a denoiser (x_t, t) -> denoised of x_t's dtype.
-    Under autocast to bfloat16 if amp is "bf16". denoiser.cond says which conditions."""
+    Under autocast to bfloat16 if amp is "bf16". denoiser.cond has the conditions without names."""
     def denoiser(x_t, t):  # t is a number or (B, 1, 1, 1)
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t), 1, 1, 1)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
@@ -404,8 +408,8 @@ def update(optimiser, lr):
 
 def load_moments(adam, state):
     """Give an Adam the moments that a file has, and none of the file's settings. UserError unless
-    they have the shapes of their weights: torch does not look, and a fused Adam then writes where
-    nothing is."""
+    the moments have the shapes of their weights: torch does not compare the shapes, and a fused
+    Adam would write beyond the end of a smaller tensor."""
     adam.load_state_dict(adam.state_dict() | {"state": state["state"]})
     for w, held in adam.state.items():
         shapes = [held[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
@@ -566,7 +570,7 @@ distance_type = lambda text: parse_distance(text)[0]  # all parameters written o
 
 
 def plain_parser(doc):
-    """argparse without any options yet, but with errors of one line and all defaults in --help."""
+    """A parser without options, whose errors are one line and whose --help shows all defaults."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=HelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the options)\n")
@@ -743,7 +747,7 @@ class Run:
     teacher's SHA-256. UserError, with nothing touched, if the folder is another run's or in use."""
     MAY_CHANGE = {"out", "fresh", "device", "save_every", "log_every", "batch_gpu", "sample", "n",
                   "part", "thorough", "classes", "teacher_sample", "checkpointing", "prompt",
-                  "prompt_file", "teacher_steps", "solver", "latents"}  # and the run is the same
+                  "prompt_file", "teacher_steps", "solver", "latents"}  # when a run goes on
 
     def __init__(self, args, folder, facts, generator, net_args, **parts):
         check_batch(args)
@@ -883,8 +887,8 @@ class Run:
                 f"{self.saved_step} in {self.folder}. Try --fresh with a smaller --lr")
 
     def due(self, every=math.inf, looks=12):
-        """Is it time for a look at the generator, or for a log line every so many steps? There are
-        `looks` looks, denser at the start. Only the first rank looks and writes."""
+        """True after some `looks` updates of the run, where the generator is looked at, denser at
+        the start; and after each `every` updates. False on all ranks but the first one."""
         self.paused = time.monotonic()  # what comes now does not count in images_s
         at = {round(self.args.steps * (i / looks)**2) for i in range(looks + 1)}
         return self.is_first and (self.step in at or self.step % every == 0)

@@ -42,7 +42,7 @@ MUTATIONS = {
         "noise levels: the variance for the std": "mean + std<< => **2>> * torch.randn(shape",
         "--truncate resample clamps": 'while truncate == "<<resample => >>"',
         "resample: at the lower end alone": "(t < t_min)<< | (t > t_max) => >>",
-        "sidwgt: not detached": ")<<.detach() => >>.clamp(min=1e-5)",
+        "sidwgt: not detached": "mean<<.detach() => >>.clamp(min=1e-5)",
         "(B.2): no weight": "batch_sum(<<weight(t) *  => >>(d_psi",
         "SIM: the sign": "loss = <<- => >>batch_sum(distance",
         "SIM: d' detached": "distance.d_prime(y_t<< => .detach()>>) *",

@@ -566,7 +566,6 @@ count = checked(int, lambda n: 0 < n < 10**9, "whole number > 0 and below 10^9")
 at_least_0 = checked(int, lambda n: n >= 0, "whole number >= 0")
 positive = checked(float, lambda v: v > 0, "number > 0")
 real = checked(float, lambda v: True, "finite number")
-distance_type = lambda text: parse_distance(text)[0]  # all parameters written out, for args.json
 
 
 def plain_parser(doc):
@@ -582,7 +581,7 @@ def make_parser(doc, methods=(), images=False, **defaults):
     parser = plain_parser(doc)
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=("sim", "sid", "di", *methods), help="or another, to compare")
-    add("--distance", type=distance_type, default="phuber",
+    add("--distance", type=lambda text: parse_distance(text)[0], default="phuber",
         help=f"d of (3.3): {', '.join(DISTANCES)}; with parameters as in phuber,c=0.01")
     add("--weight", choices=("own", *WEIGHTS), default="own",
         help="of g's loss; own is sidwgt (B.11) with --method sid, and else nowgt")
@@ -773,7 +772,8 @@ class Run:
     def default_folder(args, name):
         """--out or, unless given, runs/NAME-METHOD-DISTANCE-SEED. NAME says what the teacher is."""
         short = args.distance.split(",")[0]
-        short = short if args.distance == distance_type(short) else args.distance.replace(",", "-")
+        if args.distance != parse_distance(short)[0]:  # with a parameter that is not the default
+            short = args.distance.replace(",", "-")
         return Path(args.out or f"runs/{name}-{args.method}-{short}-{args.seed}")
 
     def open_folder(self):

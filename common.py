@@ -524,8 +524,7 @@ def one_line_errors(main):
                 raise
             message, status = "error: out of memory: try a smaller --batch-gpu, --batch or --n", 2
         except KeyboardInterrupt as stop:
-            kept = "what was saved is kept, and the same command goes on from there"
-            message, status = f"stopped: {str(stop) or kept}", 130
+            message, status = f"stopped: {str(stop) or 'what was saved is kept'}", 130
         if os.environ.get("RANK", "0") != "0":  # torchrun ends this rank if the first one fails too
             time.sleep(5)
         print(message, file=sys.stderr)
@@ -617,7 +616,7 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--save-every", type=count, help="updates between checkpoints")
     add("--log-every", type=count, help="updates between log lines")
     add("--sample", metavar="RUN", help="only draw from a run: its folder, or its g_ema.pt")
-    add("--n", type=count, help="how many samples --sample draws")
+    add("--n", type=count, help="samples that --sample draws; in stage 3, of each prompt")
     parser.set_defaults(**defaults)
     return parser
 

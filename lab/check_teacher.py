@@ -96,7 +96,7 @@ def report(args, x_0, rows):
     some = x_0.abs().flatten()[::max(1, x_0.numel() // 10**6)]  # quantile takes 16 M numbers
     if (largest := some.quantile(0.999).item()) > 1.5:
         print(f"stage 2 expects [-1, 1]: divide by {largest:.2g} "
-              "(scale= of lab/wrappers.py); do not shift a background away from 0")
+              "(scale= of lab/wrappers.py); a background at 0 or at -1 stays where it is")
     if x_0.mean().abs() > 2 * x_0.std():
         print(f"these data are far from centred: shift by {x_0.mean():.2g} first (shift=)")
     print("t         error / variance   bf16's error / variance")
@@ -108,6 +108,9 @@ def report(args, x_0, rows):
     safe = all(rounded < 0.01 * error for _, error, rounded in rows)
     print("--amp bf16 adds less than a hundredth to these errors" if safe else
           "--amp bf16 is not safe: its rounding is more than a hundredth of the error")
+    if largest > 10:
+        print("next: scale the data or train the teacher further, and then check again")
+        return
     options = " ".join(f"{name} {value:.2g}" for name, value in suggest(rows).items())
     print(f"next: python 02_edm_cifar.py --teacher {args.teacher} {options} --lr 3e-4 "
           "--anneal linear --ema-half-life 2000 --dropout 0 --batch 32 --steps 2000")

@@ -177,9 +177,10 @@ def test_what_is_no_denoiser_is_named(kind, text, tmp_path, refused):
 
 
 def test_where_a_teacher_is_worse_than_the_mean_is_said(tmp_path, capsys):
-    """The identity is right at small t, and no denoiser."""
+    """The identity is right at small t, and no denoiser: no command to train is suggested."""
     check.main([f"{__name__}:identity", "--n", "16", "--out", str(tmp_path / "x.png")])
-    assert "the mean of the data would have 1" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "the mean of the data would have 1" in text and "02_edm_cifar.py" not in text
     check.main([f"{__name__}:denoiser", "--n", "16", "--out", str(tmp_path / "x.png")])
     assert "the mean of the data would have 1" not in capsys.readouterr().out
 

@@ -721,7 +721,7 @@ def sample(args, device):
         d_q = load_teacher(name, device, **options | getattr(pipeline, "folders", {}))[0].net
         require(d_q.model.image_shape == g.model.image_shape,
                 f"--teacher {name} makes other images than {args.sample}")
-    out = sample_path(args, args.sample)
+    out = sample_path(args, args.sample, re.sub(r"\W+", "-", texts[0])[:50] + "-")
     *captions, blank = pipeline.encode([*texts, ""])
     z, cond = z.to(device), pad(captions, g.model.tokens, device)
     if args.teacher_steps:

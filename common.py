@@ -974,11 +974,11 @@ def save_picture(image, path, frames=()):
         image.save(temporary, **gif if frames else {})
 
 
-def sample_path(args, run):
-    """Where --sample writes: --out or, unless given, RUN/samples-N-seed-SEED.png. UserError for a
-    folder that is in use, so that two sets of samples never mix."""
+def sample_path(args, run, what=""):
+    """Where --sample writes: --out or, unless given, RUN/samples-WHAT-N-seed-SEED.png. UserError
+    for a folder that is in use, so that two sets of samples never mix."""
     run = Path(run) if Path(run).is_dir() else Path(run).parent
-    out = Path(args.out or run / f"samples-{args.n}-seed-{args.seed}.png")
+    out = Path(args.out or run / f"samples-{what}{args.n}-seed-{args.seed}.png")
     require(out.suffix in (".png", ".npz", ""),
             f"--out {out}: expected .png (a picture), .npz (an array) or a folder (of PNGs)")
     require(out.suffix or not out.exists() or not any(out.iterdir()),

@@ -679,7 +679,7 @@ def test_sampling(whole, tmp_path, capsys, refused):
     assert "not empty" in refused(t2i.main, [*both, "--out", place("folder")])
     one = ["--sample", str(whole), "--device", "cpu", "--prompt", "a red house"]  # the run's T5
     t2i.main([*one, "--seed", "4"])
-    single = image(whole / "samples-1-seed-4.png")  # the default place
+    single = image(whole / "samples-a-red-house-1-seed-4.png")  # the default place
     assert single.shape == (128, 128, 3)
     assert np.abs(single - image(tmp_path / "folder/000004.png")).max() <= 1
     torch.save(draw_latents([4], (4, 16, 16))[0], tmp_path / "z.pt")
@@ -718,7 +718,7 @@ def test_the_generator_is_one_forward_and_one_decode(whole, tmp_path):
 def test_the_released_generator_is_sampled(tmp_path):
     file = write_pth(tmp_path / "SIM-DiT.pth", wrap=FORMS["SIM-DiT"][1])
     t2i.main(["--sample", str(file), *FILES, "--prompt", "a cat"])
-    assert image(tmp_path / "samples-1-seed-0.png").shape == (128, 128, 3)
+    assert image(tmp_path / "samples-a-cat-1-seed-0.png").shape == (128, 128, 3)
 
 
 # ---- the miniature ----

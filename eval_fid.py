@@ -22,7 +22,7 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (at_least_0, atomic, checked, count, draw_latents, fetch, to_uint8,
+from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch, to_uint8,
                     frechet_distance, one_line_errors, pick_device, plain_parser, positive,
                     progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks)
 
@@ -121,8 +121,10 @@ Images = namedtuple("Images", "name read shape size sha256")
 def generated(path, args, device):
     """The images of a checkpoint: those of the generator or, with --nfe, those of its teacher. A
     file that names no teacher is taken for a teacher itself."""
-    with reading(args.source, "a run of stage 2, 02_edm_cifar.py, or a checkpoint"):
+    try:
         net, t_star, meta = edm.load_denoiser(path, args.teacher)
+    except UserError as error:
+        raise UserError(f"{error}. eval_fid.py reads runs of stage 2, 02_edm_cifar.py") from error
     t_star, named, digest = args.t_star or t_star, args.teacher or meta.get("teacher"), sha256(path)
     name = f"{args.source}, one step from t* = {t_star:g}"
     sample = partial(edm.sample_one_step, net, t_star)

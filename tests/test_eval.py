@@ -413,7 +413,7 @@ def test_bad_sources_and_flags(evaluate, tmp_path, monkeypatch):
             (["missing", "images"], "missing is not there"),
             (["g.pt", "missing.npz"], "missing.npz"),
             (["missing.pt", "images"], "missing.pt"),
-            ([tmp_path / "toy.pt", "images"], "run of stage 2"),
+            ([tmp_path / "toy.pt", "images"], "runs of stage 2"),
             (["g.pt", "g.pt"], "g.pt holds no images"),
             (["images", "images", "--n", 41], "holds 40 images"),
             (["images", "images", "--nfe", 35], "--nfe"),

@@ -595,7 +595,7 @@ def sample(args, device, several=None):
     g, t_star, meta = load_denoiser(args.sample, args.teacher, several is not None)
     makers = {"one_step": partial(several or sample_one_step, g.to(device), args.t_star or t_star)}
     require(all(0 <= label < g.label_dim for label in args.classes or ()),
-            f"--classes {args.classes}: {args.sample} has {g.label_dim} classes")
+            f"--classes {args.classes}: {args.sample} has {g.label_dim} classes, the first is 0")
     seeds = range(args.seed, args.seed + args.n)
     z, labels = draw_latents(seeds, g.image_shape, g.label_dim, args.classes, device)
     if args.teacher_sample:

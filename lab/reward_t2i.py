@@ -1,6 +1,6 @@
 """Text to image with a reward: Diff-Instruct* (arXiv 2410.20898) in stage 3's miniature.
 
-    python lab/reward_t2i.py --reward 30                 twelve minutes on one core
+    python lab/reward_t2i.py --reward 6                  twelve minutes on one core
     python lab/shapes.py runs/miniature-reward-phuber-0  are shapes and colours still right?
 
 The loss is SIM's, under stage 3's guided teacher, minus --reward times r(x_0, caption). The reward
@@ -79,7 +79,7 @@ class Test(t2i.Test):
 @one_line_errors
 def main(argv=None):
     parser = t2i.stage_parser(__doc__, ("reward",))
-    parser.add_argument("--reward", type=positive, default=30.0, help="lambda, the reward's weight")
+    parser.add_argument("--reward", type=positive, default=6.0, help="lambda, the reward's weight")
     parser.set_defaults(method="reward", teacher="miniature")
     args = parser.parse_args(argv)
     require(args.method == "reward" and not args.sample and not args.preset,

@@ -319,8 +319,8 @@ def of_pickle(folder):
 
 
 FORMATS = {  # how many mutations of each file: fewer where a network takes long to build
-    of_toy: 60, of_stage_2: 60, of_judge: 100, of_miniature: 60, of_pth: 100, of_vae: 30,
-    of_diffusers: 60, of_t5: 15, of_clip: 5, of_run: 100, of_arrays: 100, of_others: 100,
+    of_toy: 30, of_stage_2: 30, of_judge: 60, of_miniature: 30, of_pth: 60, of_vae: 15,
+    of_diffusers: 30, of_t5: 10, of_clip: 5, of_run: 60, of_arrays: 60, of_others: 60,
     of_pickle: 10}
 
 

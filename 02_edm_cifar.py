@@ -96,7 +96,8 @@ class Conv(nn.Conv2d):
 
     def forward(self, x):
         if self.fused:
-            return self.change_resolution(super().forward(x))  # the taps sum to 1: the bias stays
+            # The taps sum to 1, so that the filter does not change the bias.
+            return self.change_resolution(super().forward(x))
         return super().forward(self.change_resolution(x) if self.resample else x)
 
 

@@ -22,7 +22,7 @@ import torch
 from lab.shapes import COLOURS
 
 t2i = importlib.import_module("03_pixart_t2i")
-NEAR = 0.5  # from a colour, in units where black is -1 and white is 1: how far a pixel may be
+NEAR = 0.5  # ours: a pixel at this distance from the colour counts 0.6; black is -1, white is 1
 
 
 def share_in(x, colours):

@@ -160,8 +160,8 @@ def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
 
 
 def draw_times(args, phase, shape, **where):
-    """An update's noise levels, for phase "psi" or "theta", by the options of the stages. None is
-    beyond t_min and --t-max: a teacher knows nothing there if it was not trained there."""
+    """An update's noise levels, for phase "psi" or "theta", by the options of the stages. All are
+    in [t_min, --t-max], since a teacher knows nothing about noise levels it was not trained on."""
     if phase == "theta" and args.p_theta == "karras":
         return p_karras(shape, **where).clamp(args.t_min, args.t_max)  # (B.8)
     mean, std = (args.psi_mean, args.psi_std) if phase == "psi" else (args.p_mean, args.p_std)
@@ -336,7 +336,7 @@ def as_denoiser(net, amp, *cond, **named_cond):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=amp == "bf16"):
             return net(x_t, t, *cond, **named_cond).to(x_t.dtype)
 
-    denoiser.cond = cond  # for a loss that depends on them, as a reward does
+    denoiser.cond = cond  # for a loss that depends on the conditions, as a reward does
     return denoiser
 
 
@@ -600,7 +600,7 @@ def make_parser(doc, methods=(), images=False, **defaults):
     add("--psi-mean", type=real, help="mean of d_psi's log t (B.6: -1.2; B.3: -2)")
     add("--psi-std", type=positive, help="std of d_psi's log t (B.6: 1.2; B.3: 2)")
     add("--t-max", type=positive, help="largest noise level of both (B.3: 156.6)")
-    add("--truncate", choices=("clamp", "resample"), default="clamp", help="of t, to B.3's range")
+    add("--truncate", choices=("clamp", "resample"), default="clamp", help="of a log-normal t")
     add("--psi-updates", type=count, help="for each update of g (Algorithm 2: 1; Listing 1: 2)")
     add("--ema-half-life", type=positive, help="of g's average, in samples (SiD: 5e5)")
     if images:

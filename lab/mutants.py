@@ -130,10 +130,12 @@ MUTATIONS = {
         "IS: splits off by one": "(<<(index + 1) => index>> * SPLITS<< - 1 => >>) // n",
         "KID: a kernel of degree 2": "/ a.shape[1] + 1)**<<3 => 2>>",
         "precision: the second neighbour": "centres, k=<<3 => 2>>)"},
-    "lab/neighbours.py  tests/test_neighbours.py -k 'reward or realuid or uni'": {
+    "lab/neighbours.py  tests/test_neighbours.py -k 'reward or realuid or ratio or f_div'": {
         "reward: the sign": "self.d_psi) <<- => +>> self.args.reward",
         "RealUID: data scaled as samples": "1 - self.alpha, 1 - <<self.beta => self.alpha>>)",
-        "Uni-Instruct: 1 / t^2": "loss / (t**<<3 => 2>> * density)"},
+        "Uni-Instruct: 1 / t^2": "loss / (t**<<3 => 2>> * density)",
+        "f-divergences: r upside down": "[self.args.divergence](<<r => 1 / r>>)",
+        "f-divergences: JS without the 1": "lambda r: 1 / (<<1 + r => r>>), "},
     "lab/neighbours.py  tests/test_neighbours.py -k 'sida or cd_with or dmd or few'": {
         "SiDA: g pleases nobody": "self.gan(x_0, <<self.logits => -self.logits>>)\n\n\n",
         "SiDA: the GAN counts once": "self.weight<< * x[0].numel() => >> *",

@@ -2,8 +2,8 @@
 
     python lab/neighbours.py --method dmd      also add, cd, ct, mcm, pagoda, and with one change
                                                dmd_kl, dmd_pairs, cd_steps
-    python lab/neighbours.py --method few      after SIM: also drifting, realuid, reward, sida, uni;
-                                               and kernel, which is ours
+    python lab/neighbours.py --method few      after SIM: also drifting, f_distill, realuid, reward,
+                                               sida, uni; and kernel, which is ours
     python lab/neighbours.py --method mcm --segments 2
     python lab/neighbours.py --method sim --teacher flow
     python lab/neighbours.py --sample runs/ring-exact-dmd-phuber-0 --n 5000
@@ -18,6 +18,7 @@ right, as in [82], where psi is the teacher); [76] lacks the squares; [67] and [
 for sigma eps; [55] has 1 - log D for log(1 - D).
 """
 import importlib
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import (Run, atomic, batch_sum, count, di_loss, diffuse, draw_times, dsm_loss,
                     edm_sampler, ema_beta, ema_update, heun, l2, lambda_edm, load_generator,
                     make_parser, nowgt, one_line_errors, parse_distance, phuber, pick_device,
-                    positive, rank_and_ranks, reading, require, sampling_times, seed_step,
-                    sid_loss, sidwgt, sim_loss, train_only, update)
+                    positive, rank_and_ranks, reading, real, require, sampling_times,
+                    seed_step, sid_loss, sidwgt, sim_loss, train_only, update)
 
 import torch
 from matplotlib.figure import Figure
@@ -317,16 +318,51 @@ class RealUID(Neighbour):
         return self.misfit(self.d_q, *rest) - self.misfit(self.d_psi, *rest)
 
 
-class Uni(Matching):
-    """SIM for l2, so weighted that the divergence (3.3) is KL(p_0 | q_0), which is the integral of
-    E|y_t|^2 / t^3 over t: Uni-Instruct (arXiv 2505.20755) files SIM under this KL. The loss is
-    divided by the density of t. What is followed is (3.5), and not the gradient of the KL."""
+F_WEIGHTS = {  # w(r) = r f''(r) of D_f(p | q) = E_q f(r), where r = p / q
+    "reverse_kl": torch.ones_like,    # KL(p | q), f = r log r
+    "forward_kl": lambda r: 1 / r,    # KL(q | p), f = -log r
+    "jeffreys": lambda r: 1 + 1 / r,  # the sum of both
+    "js": lambda r: 1 / (1 + r),      # Jensen-Shannon, f = r log r - (1 + r) log((1 + r) / 2)
+    "chi2": lambda r: 2 * r}          # f = (r - 1)^2
+
+
+class FDistill(Matching):
+    """f-distill (arXiv 2502.15681): the gradient of D_f(p_t | q_t) at each t, which is that of
+    Diff-Instruct with the weight w(r), F_WEIGHTS. r is the ratio of two densities at x_t: of
+    samples, p_t, and of data, q_t. Both are closed forms here, and p_t is that of the batch. The
+    paper learns r with a discriminator."""
+    def ratio_weight(self, x_0, x_t, t):
+        with torch.no_grad():
+            log_p = log_density(toy.Mixture(x_0, 0.0), x_t, t)
+            r = torch.exp(log_p - log_density(self.mixture, x_t, t))
+            return F_WEIGHTS[self.args.divergence](r)
+
     def theta(self):
-        x_0, t = self.generate(self.normal()), self.time()
-        loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, l2(), self.normal())
+        x_0, t, eps = self.generate(self.normal()), self.time(), self.normal()
+        loss, _ = di_loss(self.d_psi, self.d_q, x_0, t, eps)
+        return self.ratio_weight(x_0, diffuse(x_0, t, eps), t) * loss
+
+
+class Uni(FDistill):
+    """Uni-Instruct (arXiv 2505.20755): the integral of E w(r) |y_t|^2 / t^3 over the times from
+    --t-min on is D_f at --t-min. SIM for l2 with this weight, divided by the density of t. What is
+    followed is (3.5), and not the gradient of D_f. The paper's gradient is a weighted sum of SIM's
+    and Diff-Instruct's: this is the first part, and f_distill weights the second."""
+    def theta(self):
+        x_0, t, eps = self.generate(self.normal()), self.time(), self.normal()
+        loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, l2(), eps)
         deviation = (t.log() - self.args.p_mean) / self.args.p_std
         density = torch.exp(-deviation**2 / 2) / t  # but for a factor, which Adam takes out
-        return loss / (t**3 * density).flatten()
+        weight = self.ratio_weight(x_0, diffuse(x_0, t, eps), t)
+        return weight * loss / (t**3 * density).flatten()
+
+
+def log_density(mixture, x, t):
+    """log p_t(x) of a Mixture in the plane, x (B, 2) and t (B, 1) -> (B,)"""
+    var = mixture.std**2 + t**2
+    distances = torch.cdist(x, mixture.means, compute_mode="donot_use_mm_for_euclid_dist")
+    gaussians = -distances**2 / (2 * var) - torch.log(2 * math.pi * var)  # log-densities (B, K)
+    return gaussians.logsumexp(1) - math.log(len(mixture.means))
 
 
 class Few(Matching):
@@ -374,7 +410,7 @@ def sampler_of(meta):
 NEIGHBOURS = {"dmd": DMD, "dmd_kl": DMDKL, "dmd_pairs": DMDPairs, "add": ADD, "cd": CD,
               "cd_steps": CD, "ct": CT, "mcm": CD, "pagoda": PaGoDA,
               "kernel": Kernel, "drifting": Drifting, "reward": Reward, "sida": SiDA,
-              "realuid": RealUID, "uni": Uni, "few": Few}
+              "realuid": RealUID, "f_distill": FDistill, "uni": Uni, "few": Few}
 
 
 def train(args, d_q, run, evaluate, mixture, methods=NEIGHBOURS, looks=toy.LOOKS):
@@ -443,17 +479,20 @@ FROM_NOISE = {"t_star": 80.0}
 PRESETS = {"cd": FROM_NOISE, "cd_steps": {"segments": 2, **FROM_NOISE},
            "mcm": {"segments": 4, **FROM_NOISE}, "pagoda": FROM_NOISE,
            "ct": {"pretrain_steps": 0, **FROM_NOISE},  # ct has no teacher to start from
-           "few": {"segments": 2}}
-FOLLOWED = "sim sid di dmd dmd_kl reward sida realuid few"  # by a d_psi that denoises g's samples
+           "few": {"segments": 2},
+           "uni": {"t_min": 0.3, "truncate": "resample"}}  # 1 / t^3 ruins smaller t: RESULTS.md
+# Methods whose d_psi denoises g's samples, but for uni, which has log-normal times alone.
+FOLLOWED = "sim sid di dmd dmd_kl reward sida realuid f_distill few"
 TAUGHT = f"{FOLLOWED} uni dmd_pairs add cd cd_steps mcm pagoda kernel"
 READ_ONLY_BY = {  # methods -> options that no other method reads
     "mcm few cd_steps": "segments", "sid": "sid_alpha", "reward": "reward",
     "sim sid di": "weight psi_updates batch_gpu",
     "sim sid di kernel reward sida few": "distance",
+    "f_distill uni": "divergence",
     f"{FOLLOWED} uni": "psi_mean psi_std",
     f"{FOLLOWED} uni add pagoda": "lr_psi",
     f"{FOLLOWED} add kernel drifting": "p_theta",
-    f"{FOLLOWED} uni add kernel drifting": "p_mean p_std truncate",
+    f"{FOLLOWED} uni add kernel drifting": "p_mean p_std truncate t_min",
     TAUGHT: "teacher", f"{TAUGHT} drifting": "pretrain_steps"}
 
 
@@ -484,6 +523,9 @@ def parse(argv):
     parser.add_argument("--segments", type=count, default=1,
                         help="evaluations of g for a sample: 4 with mcm, 2 with few and cd_steps")
     parser.add_argument("--reward", type=positive, default=0.1, help="lambda of --method reward")
+    parser.add_argument("--divergence", choices=F_WEIGHTS, default="reverse_kl",
+                        help="f of --method f_distill or uni")
+    parser.add_argument("--t-min", type=real, help="the least noise level")
     parser.add_argument("--gaussian", metavar="FILE", help="only draw section 5.3.1 of the notes")
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).method, {}))
     args = parser.parse_args(argv)

@@ -84,9 +84,13 @@ ABLATIONS = {"DMD without pairs": "--method dmd_kl --lr 0.006",
 AFTER = {
     "SIM": "", "SIM without d_psi": "--method kernel", "drifting": "--method drifting",
     "lr of psi 3 x g's": "--lr-psi 0.006", "5 psi updates": "--psi-updates 5",
-    "SiDA": "--method sida", "RealUID": "--method realuid", "Uni-Instruct, KL": "--method uni",
+    "SiDA": "--method sida", "RealUID": "--method realuid",
     "reward, 0.01": "--method reward --reward 0.01", "reward, 0.1": "--method reward",
     "SIM, 2 evaluations": "--method few", "SIM, 4 evaluations": "--method few --segments 4"}
+F_DIVERGENCES = {"Uni, reverse KL, all t": "--method uni --t-min 0"} | {
+    f"{label}, {name.replace('_', ' ')}": f"--method {method} --divergence {name}"
+    for label, method in (("Uni", "uni"), ("f-distill", "f_distill"))
+    for name in neighbours.F_WEIGHTS}
 B10, KARRAS = "--p-mean -3.5 --p-std 2.5", "--p-theta karras"
 TIMES = {f"{times}, {weight}": f"{flags} --weight {weight}".strip()
          for times, flags in (("ring's times", ""), ("(B.10)", B10), ("Karras", KARRAS))
@@ -135,7 +139,8 @@ STUDIES = {
                    seeds=range(1)),
     "neighbours": Study(*TOY, {"neighbours": AT_THEIR_BEST, "with and without": ABLATIONS},
                         samples=True, seeds=range(1, 4)),
-    "after-the-paper": Study(*TOY, {"after the paper": AFTER}, samples=True),
+    "after-the-paper": Study(*TOY, {"after the paper": AFTER, "f-divergences": F_DIVERGENCES},
+                             samples=True),
     "times": Study(*TOY, {"SIM": TIMES, "SiD": TIMES_OF_SID}, samples=True),
     "distances": Study(*TOY, {"distances": TABLE_4}, samples=True),
     "stop-gradients": Study(*TOY, {"stop-gradients": WRONG}, samples=True),

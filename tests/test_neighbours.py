@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import common
-from common import load_generator
+from common import load_generator, nowgt, sid_loss
 
 toy = importlib.import_module("01_toy_2d")
 lab = importlib.import_module("lab.neighbours")
@@ -340,26 +340,76 @@ def test_realuid_without_data_is_sid_and_with_data_its_optimum_is_their_denoiser
         assert abs(slope) < 0.02, slope  # with beta = 1 it would be -0.2 and below
 
 
-def test_uni_has_the_weight_of_the_kl_divergence():
-    """Its value has the derivative of E|y|^2 / t^3, for times drawn from the log-normal density."""
-    uni, g, d_psi, x_0, x_t, t = begun("uni", 50)
+F_DIVERGENCES = {  # f(r) of D_f(p | q) = E_q f(p / q), by definition
+    "reverse_kl": lambda r: r * r.log(), "forward_kl": lambda r: -r.log(),
+    "jeffreys": lambda r: (r - 1) * r.log(), "chi2": lambda r: (r - 1)**2,
+    "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log()}
+
+
+@pytest.mark.parametrize("name", lab.F_WEIGHTS)
+def test_an_f_divergence_is_an_integral_over_the_noise_levels(name):
+    """D_f at t = 0.3, by its definition, is the integral of E w(r) |y|^2 / t^3 from there on. The
+    data are N(0, 1), and the samples N(0, 0.8^2)."""
+    log_t = torch.linspace(math.log(0.3), 8, 400, dtype=torch.float64)[:, None]
+    t = log_t.exp()
+    x = torch.linspace(-9, 9, 401, dtype=torch.float64) * (1 + t**2).sqrt()
+    p, q = [torch.distributions.Normal(0.0, (v + t**2).sqrt()).log_prob(x).exp() for v in (0.64, 1)]
+    y = x * (0.64 / (0.64 + t**2) - 1 / (1 + t**2))
+    inner = torch.trapezoid(p * lab.F_WEIGHTS[name](p / q) * y**2, x) / t[:, 0]**2  # dt = t d log t
+    expected = torch.trapezoid(q[0] * F_DIVERGENCES[name](p[0] / q[0]), x[0])
+    assert torch.trapezoid(inner, log_t[:, 0]).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["uni", "f_distill"])
+@pytest.mark.parametrize("name", lab.F_WEIGHTS)
+def test_weights_by_the_ratio_of_densities(method, name):
+    """uni has the gradient of w(r) |y|^2 / t^3 by (3.6), for times drawn from a log-normal density,
+    and f_distill that of Diff-Instruct times w(r). p_t is a mixture around the batch."""
+    neighbour, g, d_psi, x_0, x_t, t = begun(method, 50, "--divergence", name, "--p-mean", "-1")
+    batch = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(50, 50)),
+        torch.distributions.Independent(torch.distributions.Normal(x_0.detach(), t[:, None]), 1))
+    data = torch.distributions.Normal(0.0, (STD**2 + t**2).sqrt())
+    r = (batch.log_prob(x_t) - data.log_prob(x_t).sum(1)).exp().detach()
     y = d_psi(x_t, t) - posterior_mean(x_t, t)
-    density = torch.distributions.LogNormal(-1.5, 1.5).log_prob(t).exp()
-    expected = -(2 * y * (d_psi(x_t, t) - x_0)).sum(1) / (t**3 * density).flatten()
-    ratio = uni.theta() / expected
-    torch.testing.assert_close(ratio, ratio[:1].expand(50))  # Adam takes out one factor
+    if method == "uni":
+        assert t.min() > 0.3
+        density = torch.distributions.LogNormal(-1, 1.5).log_prob(t).exp()
+        by_hand = -(2 * y * (d_psi(x_t, t) - x_0)).sum(1) / (t**3 * density).flatten()
+    else:
+        by_hand = (y.detach() * x_0).sum(1)
+    by_hand = lab.F_WEIGHTS[name](r) * by_hand
+    loss = neighbour.theta()
+    ratio = loss / by_hand  # one positive factor, which Adam takes out
+    assert ratio[0] > 0
+    torch.testing.assert_close(ratio, ratio[:1].expand(50), rtol=1e-4, atol=0)
+    assert gradient(loss, g) == pytest.approx(ratio[0].item() * gradient(by_hand, g), rel=1e-4)
+
+
+def integral_over_times(loss, v):
+    """The derivative by v of the integral of the loss / t^3 over t, for samples of N(0, v), data of
+    N(0, 1) and a d_psi that is right."""
+    log_t = torch.linspace(-7, 7, 141, dtype=torch.float64)
+    slopes = torch.tensor([lab.gaussian_gradient(loss, 0.0, v**0.5, 0.0, v**0.5, t)[1]
+                           for t in log_t.exp()])
+    return torch.trapezoid(slopes / log_t.exp()**2, log_t).item() / (2 * v**0.5)  # dt = t d log t
 
 
 def test_sims_gradient_with_the_kls_weight_is_not_the_kls():
     """One Gaussian N(0, v) against N(0, 1). KL = (v - 1 - log v) / 2 is the integral of E|y|^2/t^3
     over t, and its derivative by v is (1 - 1/v) / 2. What SIM follows is (3.5): for v = 2 the
     integral of du / ((2 + u)^2 (1 + u)), u = t^2, which is log 2 - 1/2."""
-    log_t = torch.linspace(-7, 7, 141, dtype=torch.float64)
-    slopes = torch.tensor([lab.gaussian_gradient(
-        lab.LOSSES["SIM, l2"], 0.0, 2**0.5, 0.0, 2**0.5, t)[1] for t in log_t.exp()])
-    by_v = torch.trapezoid(slopes / log_t.exp()**2, log_t) / (2 * 2**0.5)  # dt = t d log t
-    assert by_v.item() == pytest.approx(math.log(2) - 0.5, rel=1e-3)
-    assert abs(by_v.item() - (1 - 1 / 2) / 2) > 0.05
+    found = integral_over_times(lab.LOSSES["SIM, l2"], v=2.0)
+    assert found == pytest.approx(math.log(2) - 0.5, rel=1e-3)
+    assert abs(found - (1 - 1 / 2) / 2) > 0.05
+
+
+def test_sid_with_alpha_one_half_has_the_kls_gradient():
+    """SiD's loss is half of SIM's for l2, plus |y|^2 / 2, which moves x_t: together half of the
+    whole gradient of E|y|^2, and so of the KL."""
+    sid = functools.partial(sid_loss, alpha=0.5, weight=nowgt)
+    assert integral_over_times(sid, v=2.0) == pytest.approx(0.5 * (1 - 1 / 2) / 2, rel=1e-3)
+    assert integral_over_times(sid, v=0.25) == pytest.approx(0.5 * (1 - 4) / 2, rel=1e-3)
 
 
 def test_few_trains_each_of_its_steps_and_samples_by_all():
@@ -682,7 +732,8 @@ def test_defaults_follow_the_method():
     "--method cd --p-theta karras", "--method add --psi-mean 0", "--method ct --teacher flow",
     "--method ct --pretrain-steps 9", "--method pagoda --psi-updates 2",
     "--method cd --batch-gpu 8", "--method uni --distance l2", "--method few --reward 1",
-    "--method kernel --lr-psi 1", "--method drifting --teacher flow"])
+    "--method kernel --lr-psi 1", "--method drifting --teacher flow", "--divergence js",
+    "--method uni --p-theta karras", "--method cd --t-min 0.1"])
 def test_flags_that_a_method_does_not_read(flags, refused):
     assert "is not for --method" in refused(lab.main, flags.split())
 

@@ -137,8 +137,8 @@ MUTATIONS = {
         "f-divergences: r upside down": "[self.args.divergence](<<r => 1 / r>>)",
         "f-divergences: JS without the 1": "lambda r: 1 / (<<1 + r => r>>), "},
     "lab/neighbours.py  tests/test_neighbours.py -k 'sida or cd_with or dmd or few'": {
-        "SiDA: g pleases nobody": "self.gan(x_0, <<self.logits => -self.logits>>)\n\n\n",
-        "SiDA: the GAN counts once": "self.weight<< * x[0].numel() => >> *",
+        "SiDA: g pleases nobody": "super().theta() + self.gan(<<1 => -1>>)",
+        "SiDA: the GAN counts once": "0.1 *<< math.prod(self.shape) * => >>",
         "several steps: the noise is z": "manual_seed(<<2**32 - 1 => 0>>)",
         "few: always the last step": "<<torch.randint(self => (lambda n, *_, **k: torch.tensor("
                                      "n - 1))(self>>.args.segments, (), **",

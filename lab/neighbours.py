@@ -266,31 +266,28 @@ class Reward(Matching):
 class SiDA(Matching):
     """SIM and a GAN without a network of its own (SiDA, arXiv 2410.14919): the mean of what a layer
     inside d_psi returns for x_t is the logit of "x_t comes from data". As in the paper, the GAN's
-    loss counts once for each number of x, and so keeps pace with SIM's sum. The weight is ours."""
-    weight = 0.1
+    loss counts once for each number of x, and so keeps pace with SIM's sum."""
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.inner_layer().register_forward_hook(self.keep)
 
-    def __init__(self, args, mixture, d_q, run):
-        super().__init__(args, mixture, d_q, run)
-        self.inner_layer(run.d_psi).register_forward_hook(self.keep)
-
-    def inner_layer(self, d_psi):
-        return d_psi.model.layers[-2]  # the last hidden layer of a perceptron
+    def inner_layer(self):
+        return self.d_psi.model.layers[-2]  # the last hidden layer of a perceptron
 
     def keep(self, layer, inputs, features):
-        self.logits = features.flatten(1).mean(1)  # (B,), of the last call of d_psi
+        self.logits = features.flatten(1).mean(1)  # (B,), of the last x_t that d_psi has seen
 
-    def gan(self, x, logits):
-        return self.weight * x[0].numel() * F.softplus(-logits)  # -log of the probability
+    def gan(self, sign):  # -log of the probability of data (1) or of samples (-1)
+        return 0.1 * math.prod(self.shape) * F.softplus(-sign * self.logits)  # 0.1 is ours
 
     def psi(self):
-        x_0, x, t = self.generate(self.normal()), self.data(), self.time("psi")
-        loss = dsm_loss(self.d_psi, x_0, t, self.normal()) + self.gan(x_0, -self.logits)
-        self.d_psi(diffuse(x, t, self.normal()), t)
-        return loss + self.gan(x, self.logits)
+        loss = super().psi() + self.gan(-1)
+        t = self.time("psi")
+        self.d_psi(diffuse(self.data(), t, self.normal()), t)
+        return loss + self.gan(1)
 
     def theta(self):
-        x_0 = self.generate(self.normal())
-        return self.sim(x_0, self.d_psi) + self.gan(x_0, self.logits)
+        return super().theta() + self.gan(1)
 
 
 class RealUID(Neighbour):
@@ -300,22 +297,20 @@ class RealUID(Neighbour):
     is their denoiser. Without data, alpha = beta = 1, this is SiD with its alpha = 1/2."""
     alpha, beta = 0.94, 0.96  # ours
 
-    def misfit(self, denoiser, x, x_t, t, alpha, beta):
-        return alpha * batch_sum((denoiser(x_t, t) - beta / alpha * x)**2)
+    def misfit(self, denoiser, x, t, eps, alpha, beta):
+        return alpha * batch_sum((denoiser(diffuse(x, t, eps), t) - beta / alpha * x)**2)
 
     def psi(self):
         loss = 0.0
         for x, alpha, beta in ((self.generate(self.normal()), self.alpha, self.beta),
                                (self.data(), 1 - self.alpha, 1 - self.beta)):
-            t = self.time("psi")
-            x_t = diffuse(x, t, self.normal())
-            loss += lambda_edm(t).flatten() * self.misfit(self.d_psi, x, x_t, t, alpha, beta)
+            t, eps = self.time("psi"), self.normal()
+            loss += lambda_edm(t).flatten() * self.misfit(self.d_psi, x, t, eps, alpha, beta)
         return loss
 
     def theta(self):
-        x_0, t = self.generate(self.normal()), self.time()
-        rest = x_0, diffuse(x_0, t, self.normal()), t, self.alpha, self.beta
-        return self.misfit(self.d_q, *rest) - self.misfit(self.d_psi, *rest)
+        batch = self.generate(self.normal()), self.time(), self.normal(), self.alpha, self.beta
+        return self.misfit(self.d_q, *batch) - self.misfit(self.d_psi, *batch)
 
 
 F_WEIGHTS = {  # w(r) = r f''(r) of D_f(p | q) = E_q f(r), where r = p / q

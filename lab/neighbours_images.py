@@ -72,8 +72,8 @@ class OnImages:
 
 class SiDA(OnImages, neighbours.SiDA):
     """As on the ring, with another layer."""
-    def inner_layer(self, d_psi):
-        return [*d_psi.model.enc.values()][-1]  # as in the paper: the end of the encoder
+    def inner_layer(self):
+        return [*self.d_psi.model.enc.values()][-1]  # as in the paper: the end of the encoder
 
 
 class RealUID(OnImages, neighbours.RealUID):

@@ -274,15 +274,15 @@ def test_sida_is_sim_and_a_gan_on_d_psis_last_hidden_layer():
     sida = make("sida", g, d_psi=d_psi, batch=50)
     loss = sida.psi()
     sida.begin(4)
-    z, x = sida.normal(), sida.data()
-    x_0, t = (0.4 * 2.5 * z).detach(), (-1.2 + 1.2 * torch.randn(50, 1, **sida.where)).exp()
+    x_0 = (0.4 * 2.5 * sida.normal()).detach()
+    t = (-1.2 + 1.2 * torch.randn(50, 1, **sida.where)).exp()
     hidden = {}
     d_psi.model.layers[-1].register_forward_pre_hook(
         lambda layer, inputs: hidden.update(h=inputs[0].mean(1)))
     weight = ((t**2 + 0.25) / (t * 0.5)**2)
     dsm = (weight * (d_psi(x_0 + t * sida.normal(), t) - x_0)**2).sum(1)
-    fake = hidden["h"]
-    d_psi(x + t * sida.normal(), t)
+    fake, t = hidden["h"], (-1.2 + 1.2 * torch.randn(50, 1, **sida.where)).exp()
+    d_psi(sida.data() + t * sida.normal(), t)
     expected = dsm + 0.1 * 2 * (F.softplus(fake) + F.softplus(-hidden["h"]))  # 2: the numbers of x
     torch.testing.assert_close(loss, expected)
     sida.begin(4)
@@ -546,7 +546,7 @@ def test_sida_on_images_takes_the_end_of_the_encoder():
         teacher(x, t[:, None, None, None], one_hot)
     (deepest,) = seen
     torch.testing.assert_close(sida.logits, deepest.flatten(1).mean(1), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(sida.gan(x, sida.logits), 78.4 * F.softplus(-sida.logits))
+    torch.testing.assert_close(sida.gan(1), 78.4 * F.softplus(-sida.logits))
 
 
 @pytest.mark.parametrize("method", ["sida", "realuid", "few"])

@@ -976,13 +976,13 @@ def save_picture(image, path, frames=()):
 
 def sample_path(args, run, what=""):
     """Where --sample writes: --out or, unless given, RUN/samples-WHAT-N-seed-SEED.png. UserError
-    for a folder that is in use, so that two sets of samples never mix."""
+    for an --out that is in use, so that nothing is lost and two sets of samples never mix."""
     run = Path(run) if Path(run).is_dir() else Path(run).parent
     out = Path(args.out or run / f"samples-{what}{args.n}-seed-{args.seed}.png")
     require(out.suffix in (".png", ".npz", ""),
             f"--out {out}: expected .png (a picture), .npz (an array) or a folder (of PNGs)")
-    require(out.suffix or not out.exists() or not any(out.iterdir()),
-            f"--out {out} exists and is not empty: name another folder")
+    in_use = any(out.iterdir()) if out.is_dir() else args.out and out.exists()
+    require(not in_use, f"--out {out} exists: name another, or remove this one first")
     with writing(out):  # before the images are drawn: a place that is no use is refused early
         (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     return out

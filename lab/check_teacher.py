@@ -107,7 +107,7 @@ def report(args, x_0, rows):
               "would have 1: no denoiser, or one that was not trained there (keep --t-max)")
     safe = all(rounded < 0.01 * error for _, error, rounded in rows)
     print("--amp bf16 adds less than a hundredth to these errors" if safe else
-          "--amp bf16 is not safe: its rounding is more than a hundredth of the error")
+          "--amp bf16 may cost quality: its rounding is more than a hundredth of the error")
     if largest > 10:
         print("next: scale the data or train the teacher further, and then check again")
         return

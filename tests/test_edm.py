@@ -659,7 +659,7 @@ def test_sampling(tiny, tmp_path, refused, capsys):
     edm.main([*typed, "--seed", "2", "--out", str(tmp_path / "folder")])
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
     assert names == [f"{number:06}.png" for number in range(2, 7)]
-    assert "not empty" in refused(edm.main, [*typed, "--out", tmp_path / "folder"])
+    assert "exists" in refused(edm.main, [*typed, "--out", tmp_path / "folder"])
     edm.main(typed)  # the default place: beside the file
     with Image.open(tiny.parent / "samples-5-seed-0.png") as image:
         assert image.height == 600 and image.width == 25 * 16

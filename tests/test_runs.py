@@ -319,8 +319,10 @@ def test_where_samples_go(tmp_path):
     for name in ("a/x.png", "b/x.npz", "c"):
         assert place(str(tmp_path / name)) == tmp_path / name
     assert (tmp_path / "b").is_dir() and (tmp_path / "c").is_dir()
-    (tmp_path / "c" / "0.png").write_text("")
-    for out, text in (("c", "not empty"), ("x.jpg", "expected .png"), ("c/0.png/y.png", "written")):
+    for name in ("c/0.png", "a/x.png", "run/samples-5-seed-3.png"):
+        (tmp_path / name).write_text("")
+    assert place() == run / "samples-5-seed-3.png"  # the same samples, drawn once more
+    for out, text in (("c", "exists"), ("a/x.png", "exists"), ("x.jpg", "expected .png"), ("c/0.png/y.png", "written")):
         with pytest.raises(UserError, match=text):
             place(str(tmp_path / out))
 

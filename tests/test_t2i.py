@@ -676,7 +676,7 @@ def test_sampling(whole, tmp_path, capsys, refused):
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
     assert names == ["000003.png", "000004.png", "prompts.txt"]
     assert (tmp_path / "folder/prompts.txt").read_text() == "a cat\na red house\n"
-    assert "not empty" in refused(t2i.main, [*both, "--out", place("folder")])
+    assert "exists" in refused(t2i.main, [*both, "--out", place("folder")])
     one = ["--sample", str(whole), "--device", "cpu", "--prompt", "a red house"]  # the run's T5
     t2i.main([*one, "--seed", "4"])
     single = image(whole / "samples-a-red-house-1-seed-4.png")  # the default place
@@ -833,7 +833,7 @@ MISTAKES = [
     ("MINI --prompt a --latents z.pt", "(1, 3, 8, 8)"),
     ("MINI --prompt a --latents two.pt", "(2, 3, 16, 16)"),
     ("MINI --prompt a --latents no.pt", "no.pt"), ("MINI --prompt a --out x.gif", ".png"),
-    ("MINI --prompt a --out images", "not empty"),
+    ("MINI --prompt a --out images", "exists"),
     ("MINI --prompt a --teacher-steps 2 --teacher RELEASE FILES", "other images"),
     ("MINI --prompt a --teacher-steps 2", "name the teacher"), ("--prompt a", "belong to --sample"),
     ("--guidance -1", "--guidance"), ("--guid 2", "unrecognized"), ("--solver euler", "--solver"),

@@ -142,7 +142,7 @@ def of_toy(folder):
         torch.manual_seed(0)
         common.save({"net_args": net_args, "state_dict": build(**net_args).state_dict(),
                      "t_star": 2.5, "meta": {"mixture": "ring", "segments": 2}}, folder / name)
-        typed = Namespace(sample=str(folder / name), n=3, seed=0, out=None)  # a picture beside the file
+        typed = Namespace(sample=str(folder / name), n=3, seed=0, out=None)
         return saved(folder / name, lambda: read(typed))
     return [make("a.pt", {}, toy.make_denoiser, toy.sample),
             make("b.pt", {"flow": False}, neighbours.make_denoiser, neighbours.sample)]

@@ -322,7 +322,8 @@ def test_where_samples_go(tmp_path):
     for name in ("c/0.png", "a/x.png", "run/samples-5-seed-3.png"):
         (tmp_path / name).write_text("")
     assert place() == run / "samples-5-seed-3.png"  # the same samples, drawn once more
-    for out, text in (("c", "exists"), ("a/x.png", "exists"), ("x.jpg", "expected .png"), ("c/0.png/y.png", "written")):
+    for out, text in (("c", "exists"), ("a/x.png", "exists"), ("x.jpg", "expected .png"),
+                      ("c/0.png/y.png", "written")):
         with pytest.raises(UserError, match=text):
             place(str(tmp_path / out))
 

@@ -87,7 +87,7 @@ AFTER = {
     "SiDA": "--method sida", "RealUID": "--method realuid",
     "reward, 0.01": "--method reward --reward 0.01", "reward, 0.1": "--method reward",
     "SIM, 2 evaluations": "--method few", "SIM, 4 evaluations": "--method few --segments 4"}
-F_DIVERGENCES = {"Uni, reverse KL, all t": "--method uni --t-min 0"} | {
+F_DIVERGENCES = {"Uni, reverse kl, all t": "--method uni --t-min 0"} | {
     f"{label}, {name.replace('_', ' ')}": f"--method {method} --divergence {name}"
     for label, method in (("Uni", "uni"), ("f-distill", "f_distill"))
     for name in neighbours.F_WEIGHTS}
@@ -180,7 +180,8 @@ def run_once(study, flags, seed, jobs):
     folder = folder_of(study, flags, seed)
     if (folder / "metrics.json").exists():
         return None
-    command = [*command_of(study, flags), "--seed", str(seed), "--out", str(folder)]
+    command = [*command_of(study, flags), "--seed", str(seed),
+               "--out", os.path.relpath(folder, ROOT)]  # NAME.json may quote it
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | threads,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -130,12 +130,15 @@ MUTATIONS = {
         "IS: splits off by one": "(<<(index + 1) => index>> * SPLITS<< - 1 => >>) // n",
         "KID: a kernel of degree 2": "/ a.shape[1] + 1)**<<3 => 2>>",
         "precision: the second neighbour": "centres, k=<<3 => 2>>)"},
-    "lab/neighbours.py  tests/test_neighbours.py -k 'reward or realuid or ratio or f_div'": {
+    "lab/neighbours.py  tests/test_neighbours.py -k 'reward or realuid or ratio or f_div or kls'": {
         "reward: the sign": "self.d_psi) <<- => +>> self.args.reward",
         "RealUID: data scaled as samples": "1 - self.alpha, 1 - <<self.beta => self.alpha>>)",
         "Uni-Instruct: 1 / t^2": "loss / (t**<<3 => 2>> * density)",
-        "f-divergences: r upside down": "[self.args.divergence](<<r => 1 / r>>)",
-        "f-divergences: JS without the 1": "lambda r: 1 / (<<1 + r => r>>), "},
+        "Uni-Instruct: w detached": "weight = self.weight(x_0, <<diffuse(x_0, t, eps) => "
+                                    "diffuse(x_0, t, eps).detach()>>, t)",
+        "Uni-Instruct: any density of t": "(t**3<< * density => >>).flatten()",
+        "f-divergences: r upside down": "[self.args.divergence](<<log_r => -log_r>>)",
+        "f-divergences: Jeffreys without 1": '"jeffreys": lambda log_r:<< 1 + => >>'},
     "lab/neighbours.py  tests/test_neighbours.py -k 'sida or cd_with or dmd or few'": {
         "SiDA: g pleases nobody": "super().theta() + self.gan(<<1 => -1>>)",
         "SiDA: the GAN counts once": "0.1 *<< math.prod(self.shape) * => >>",

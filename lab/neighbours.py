@@ -287,7 +287,7 @@ class SiDA(Matching):
         return loss + self.gan(1)
 
     def theta(self):
-        return super().theta() + self.gan(1)
+        return super().theta() + self.gan(1)  # of the x_t that d_psi has just seen
 
 
 class RealUID(Neighbour):
@@ -313,42 +313,43 @@ class RealUID(Neighbour):
         return self.misfit(self.d_q, *batch) - self.misfit(self.d_psi, *batch)
 
 
-F_WEIGHTS = {  # w(r) = r f''(r) of D_f(p | q) = E_q f(r), where r = p / q
-    "reverse_kl": torch.ones_like,    # KL(p | q), f = r log r
-    "forward_kl": lambda r: 1 / r,    # KL(q | p), f = -log r
-    "jeffreys": lambda r: 1 + 1 / r,  # the sum of both
-    "js": lambda r: 1 / (1 + r),      # Jensen-Shannon, f = r log r - (1 + r) log((1 + r) / 2)
-    "chi2": lambda r: 2 * r}          # f = (r - 1)^2
+F_WEIGHTS = {  # w = r f''(r) of D_f(p | q) = E_q f(r), r = p / q, as a function of log r
+    "reverse_kl": torch.ones_like,                  # 1, of KL(p | q), f = r log r
+    "forward_kl": lambda log_r: (-log_r).exp(),     # 1 / r, of KL(q | p), f = -log r
+    "jeffreys": lambda log_r: 1 + (-log_r).exp(),   # 1 + 1 / r, of the sum of both
+    "js": lambda log_r: torch.sigmoid(-log_r),      # 1 / (1 + r), of twice Jensen-Shannon
+    "chi2": lambda log_r: 2 * log_r.exp()}          # 2 r, f = (r - 1)^2
 
 
 class FDistill(Matching):
     """f-distill (arXiv 2502.15681): the gradient of D_f(p_t | q_t) at each t, which is that of
-    Diff-Instruct with the weight w(r), F_WEIGHTS. r is the ratio of two densities at x_t: of
-    samples, p_t, and of data, q_t. Both are closed forms here, and p_t is that of the batch. The
-    paper learns r with a discriminator."""
-    def ratio_weight(self, x_0, x_t, t):
-        with torch.no_grad():
-            log_p = log_density(toy.Mixture(x_0, 0.0), x_t, t)
-            r = torch.exp(log_p - log_density(self.mixture, x_t, t))
-            return F_WEIGHTS[self.args.divergence](r)
+    Diff-Instruct with the weight w(r) of F_WEIGHTS. r is the ratio of two densities at x_t: of
+    samples, p_t, and of data, q_t. Both are closed forms here, and p_t is that of the batch, which
+    has x_t's own x_0, so that r is too large at small t. The paper learns r with a discriminator,
+    and normalises w."""
+    def weight(self, x_0, x_t, t):
+        log_p = log_density(toy.Mixture(x_0.detach(), 0.0), x_t, t)
+        log_r = log_p - log_density(self.mixture, x_t, t)
+        return F_WEIGHTS[self.args.divergence](log_r)
 
     def theta(self):
         x_0, t, eps = self.generate(self.normal()), self.time(), self.normal()
         loss, _ = di_loss(self.d_psi, self.d_q, x_0, t, eps)
-        return self.ratio_weight(x_0, diffuse(x_0, t, eps), t) * loss
+        return self.weight(x_0, diffuse(x_0, t, eps), t).detach() * loss
 
 
 class Uni(FDistill):
-    """Uni-Instruct (arXiv 2505.20755): the integral of E w(r) |y_t|^2 / t^3 over the times from
-    --t-min on is D_f at --t-min. SIM for l2 with this weight, divided by the density of t. What is
-    followed is (3.5), and not the gradient of D_f. The paper's gradient is a weighted sum of SIM's
-    and Diff-Instruct's: this is the first part, and f_distill weights the second."""
+    """Uni-Instruct (arXiv 2505.20755): D_f at the noise level --t-min is the integral of
+    E w(r) |y_t|^2 / t^3 over all t above. The loss is that of SIM for l2 with this weight, divided
+    by the density of t, since t is drawn (--truncate resample, the default here). Its gradient is
+    (3.5), and not that of D_f. As d' in sim_loss, w lets the gradient pass to x_t. The paper's
+    gradient has a part like SIM's and a part like Diff-Instruct's, with weights of its own."""
     def theta(self):
         x_0, t, eps = self.generate(self.normal()), self.time(), self.normal()
         loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, l2(), eps)
         deviation = (t.log() - self.args.p_mean) / self.args.p_std
         density = torch.exp(-deviation**2 / 2) / t  # but for a factor, which Adam takes out
-        weight = self.ratio_weight(x_0, diffuse(x_0, t, eps), t)
+        weight = self.weight(x_0, diffuse(x_0, t, eps), t)
         return weight * loss / (t**3 * density).flatten()
 
 
@@ -476,7 +477,7 @@ PRESETS = {"cd": FROM_NOISE, "cd_steps": {"segments": 2, **FROM_NOISE},
            "ct": {"pretrain_steps": 0, **FROM_NOISE},  # ct has no teacher to start from
            "few": {"segments": 2},
            "uni": {"t_min": 0.3, "truncate": "resample"}}  # 1 / t^3 ruins smaller t: RESULTS.md
-# Methods whose d_psi denoises g's samples, but for uni, which has log-normal times alone.
+# Methods with a d_psi that denoises g's samples. uni is one more, with log-normal times alone.
 FOLLOWED = "sim sid di dmd dmd_kl reward sida realuid f_distill few"
 TAUGHT = f"{FOLLOWED} uni dmd_pairs add cd cd_steps mcm pagoda kernel"
 READ_ONLY_BY = {  # methods -> options that no other method reads
@@ -520,7 +521,7 @@ def parse(argv):
     parser.add_argument("--reward", type=positive, default=0.1, help="lambda of --method reward")
     parser.add_argument("--divergence", choices=F_WEIGHTS, default="reverse_kl",
                         help="f of --method f_distill or uni")
-    parser.add_argument("--t-min", type=real, help="the least noise level")
+    parser.add_argument("--t-min", type=real, help="least noise level of g and d_psi: 0.3 with uni")
     parser.add_argument("--gaussian", metavar="FILE", help="only draw section 5.3.1 of the notes")
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).method, {}))
     args = parser.parse_args(argv)

@@ -87,10 +87,12 @@ AFTER = {
     "SiDA": "--method sida", "RealUID": "--method realuid",
     "reward, 0.01": "--method reward --reward 0.01", "reward, 0.1": "--method reward",
     "SIM, 2 evaluations": "--method few", "SIM, 4 evaluations": "--method few --segments 4"}
-F_DIVERGENCES = {"Uni, reverse kl, all t": "--method uni --t-min 0"} | {
-    f"{label}, {name.replace('_', ' ')}": f"--method {method} --divergence {name}"
+F_NAMES = {"reverse KL": "reverse_kl", "forward KL": "forward_kl", "Jeffreys": "jeffreys",
+           "Jensen-Shannon": "js", "chi-square": "chi2"}
+F_DIVERGENCES = {"Uni, reverse KL, all t": "--method uni --t-min 0"} | {
+    f"{label}, {name}": f"--method {method} --divergence {f}"
     for label, method in (("Uni", "uni"), ("f-distill", "f_distill"))
-    for name in neighbours.F_WEIGHTS}
+    for name, f in F_NAMES.items()}
 B10, KARRAS = "--p-mean -3.5 --p-std 2.5", "--p-theta karras"
 TIMES = {f"{times}, {weight}": f"{flags} --weight {weight}".strip()
          for times, flags in (("ring's times", ""), ("(B.10)", B10), ("Karras", KARRAS))

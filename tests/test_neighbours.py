@@ -355,35 +355,62 @@ def test_an_f_divergence_is_an_integral_over_the_noise_levels(name):
     x = torch.linspace(-9, 9, 401, dtype=torch.float64) * (1 + t**2).sqrt()
     p, q = [torch.distributions.Normal(0.0, (v + t**2).sqrt()).log_prob(x).exp() for v in (0.64, 1)]
     y = x * (0.64 / (0.64 + t**2) - 1 / (1 + t**2))
-    inner = torch.trapezoid(p * lab.F_WEIGHTS[name](p / q) * y**2, x) / t[:, 0]**2  # dt = t d log t
+    inner = torch.trapezoid(p * lab.F_WEIGHTS[name]((p / q).log()) * y**2, x)
+    inner = inner / t[:, 0]**2  # dt = t d log t
     expected = torch.trapezoid(q[0] * F_DIVERGENCES[name](p[0] / q[0]), x[0])
     assert torch.trapezoid(inner, log_t[:, 0]).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", lab.F_WEIGHTS)
+def test_gradients_of_an_f_divergence_at_one_noise_level(name):
+    """By the std of samples N(0, 0.5^2), for data N(0, 1), t = 0.5: Diff-Instruct times w(r) is the
+    gradient of D_f; SIM for l2 times w(r) is (3.5) if w passes the gradient to x_t."""
+    t, std = 0.5, torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    density = lambda x, std: torch.distributions.Normal(0.0, (std**2 + t**2)**0.5).log_prob(x).exp()
+    denoiser = lambda x, std: x * std**2 / (std**2 + t**2)
+    points, weights = toy.trapezoid(2, 161)
+    z, eps = points.T
+    x_0, frozen = std * z, std.detach()
+    x_t = x_0 + t * eps
+    w = lab.F_WEIGHTS[name]((density(x_t, frozen) / density(x_t, 1.0)).log())
+    student, y = denoiser(x_t, frozen), denoiser(x_t, frozen) - denoiser(x_t, 1.0)
+    slope = lambda value: torch.autograd.grad(value, std, retain_graph=True)[0].item()
+
+    grid = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    q = density(grid, 1.0)
+    divergence = torch.trapezoid(q * F_DIVERGENCES[name](density(grid, std) / q), grid)
+    found = slope(weights @ ((w * y).detach() * x_0)) / t**2
+    assert found == pytest.approx(slope(divergence), rel=1e-4)
+
+    moving = denoiser(x_t.detach(), std)  # in (3.5) theta moves the score, and not the x_t
+    expected = slope(weights @ (w * 2 * y).detach().mul(moving))
+    assert slope(weights @ (-w * 2 * y * (student - x_0))) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["uni", "f_distill"])
 @pytest.mark.parametrize("name", lab.F_WEIGHTS)
 def test_weights_by_the_ratio_of_densities(method, name):
-    """uni has the gradient of w(r) |y|^2 / t^3 by (3.6), for times drawn from a log-normal density,
-    and f_distill that of Diff-Instruct times w(r). p_t is a mixture around the batch."""
-    neighbour, g, d_psi, x_0, x_t, t = begun(method, 50, "--divergence", name, "--p-mean", "-1")
+    """The two losses of the test above, for p_t a mixture around the batch, and that of uni for
+    times of a log-normal density."""
+    flags = ["--divergence", name, "--p-mean", "-1", "--p-std", "1.2"]
+    neighbour, g, d_psi, x_0, x_t, t = begun(method, 50, *flags)
     batch = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(torch.ones(50, 50)),
         torch.distributions.Independent(torch.distributions.Normal(x_0.detach(), t[:, None]), 1))
     data = torch.distributions.Normal(0.0, (STD**2 + t**2).sqrt())
-    r = (batch.log_prob(x_t) - data.log_prob(x_t).sum(1)).exp().detach()
+    w = lab.F_WEIGHTS[name](batch.log_prob(x_t) - data.log_prob(x_t).sum(1))
     y = d_psi(x_t, t) - posterior_mean(x_t, t)
     if method == "uni":
         assert t.min() > 0.3
-        density = torch.distributions.LogNormal(-1, 1.5).log_prob(t).exp()
-        by_hand = -(2 * y * (d_psi(x_t, t) - x_0)).sum(1) / (t**3 * density).flatten()
+        density = torch.distributions.LogNormal(-1, 1.2).log_prob(t).exp()
+        by_hand = -w * (2 * y * (d_psi(x_t, t) - x_0)).sum(1) / (t**3 * density).flatten()
     else:
-        by_hand = (y.detach() * x_0).sum(1)
-    by_hand = lab.F_WEIGHTS[name](r) * by_hand
+        by_hand = w.detach() * (y.detach() * x_0).sum(1)
     loss = neighbour.theta()
-    ratio = loss / by_hand  # one positive factor, which Adam takes out
+    ratio = (loss / by_hand).detach()  # one positive factor, which Adam takes out
     assert ratio[0] > 0
     torch.testing.assert_close(ratio, ratio[:1].expand(50), rtol=1e-4, atol=0)
-    assert gradient(loss, g) == pytest.approx(ratio[0].item() * gradient(by_hand, g), rel=1e-4)
+    assert gradient(loss, g) == pytest.approx(ratio[0].item() * gradient(by_hand, g), rel=1e-3)
 
 
 def integral_over_times(loss, v):
@@ -402,6 +429,8 @@ def test_sims_gradient_with_the_kls_weight_is_not_the_kls():
     found = integral_over_times(lab.LOSSES["SIM, l2"], v=2.0)
     assert found == pytest.approx(math.log(2) - 0.5, rel=1e-3)
     assert abs(found - (1 - 1 / 2) / 2) > 0.05
+    found = integral_over_times(lab.LOSSES["SIM, l2"], v=0.25)  # and the KL's is -1.5
+    assert found == pytest.approx(0.75 * (16 / 9 * math.log(4) - 16 / 3), rel=1e-3)
 
 
 def test_sid_with_alpha_one_half_has_the_kls_gradient():

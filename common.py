@@ -152,11 +152,16 @@ def p_edm(shape, mean=-1.2, std=1.2, t_min=0.0, t_max=math.inf, truncate="clamp"
     return t.clamp(t_min, t_max)
 
 
-def p_karras(shape, sigma_min=0.002, sigma_max=80, rho=7, r_max=0.8, **where):
-    """SiD's noise levels for theta: the sampler's schedule at a random place r ~ U[0, r_max]. As in
-    SiD's code, where t is in [0.002, 24.4]; (B.8) prints another range."""
-    r = r_max * torch.rand(shape, **where)
-    return (sigma_max**(1 / rho) + (1 - r) * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
+def karras_schedule(place, sigma_min=0.002, sigma_max=80, rho=7):
+    """The noise level at a place from 0, sigma_max, to 1, sigma_min: Karras et al. 2022, (5)."""
+    high, low = sigma_max**(1 / rho), sigma_min**(1 / rho)
+    return (high + place * (low - high))**rho
+
+
+def p_karras(shape, r_max=0.8, **where):
+    """SiD's noise levels for theta: a sampler's schedule at a random place 1 - r, r ~ U[0, r_max].
+    As in SiD's code, where t is in [0.002, 24.4]; (B.8) prints another range."""
+    return karras_schedule(1 - r_max * torch.rand(shape, **where))
 
 
 def draw_times(args, phase, shape, **where):
@@ -261,11 +266,10 @@ def make_generator_loss(args, more=()):
 
 
 # ---- Samplers ----
-def sampling_times(num_steps, sigma_min=0.002, sigma_max=80, rho=7):
-    """A sampler's falling noise levels, and a last 0, as floats: Karras et al. 2022, (5)."""
-    step = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    t = (sigma_max**(1 / rho) + step * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
-    return [*t.tolist(), 0.0]
+def sampling_times(num_steps, **span):
+    """A sampler's falling noise levels, from sigma_max to sigma_min, and a last 0, as floats."""
+    places = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    return [*karras_schedule(places, **span).tolist(), 0.0]
 
 
 @torch.no_grad()

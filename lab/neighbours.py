@@ -313,7 +313,9 @@ class RealUID(Neighbour):
         return self.misfit(self.d_q, *batch) - self.misfit(self.d_psi, *batch)
 
 
-F_WEIGHTS = {  # w = r f''(r) of D_f(p | q) = E_q f(r), r = p / q, as a function of log r
+# The weight w(r) = r f''(r) of D_f(p | q) = E_q f(r), where r = p / q. Each function takes log r,
+# since r itself is infinite in float32 for samples far from the data.
+F_WEIGHTS = {
     "reverse_kl": torch.ones_like,                  # 1, of KL(p | q), f = r log r
     "forward_kl": lambda log_r: (-log_r).exp(),     # 1 / r, of KL(q | p), f = -log r
     "jeffreys": lambda log_r: 1 + (-log_r).exp(),   # 1 + 1 / r, of the sum of both
@@ -323,10 +325,10 @@ F_WEIGHTS = {  # w = r f''(r) of D_f(p | q) = E_q f(r), r = p / q, as a function
 
 class FDistill(Matching):
     """f-distill (arXiv 2502.15681): the gradient of D_f(p_t | q_t) at each t, which is that of
-    Diff-Instruct with the weight w(r) of F_WEIGHTS. r is the ratio of two densities at x_t: of
-    samples, p_t, and of data, q_t. Both are closed forms here, and p_t is that of the batch, which
-    has x_t's own x_0, so that r is too large at small t. The paper learns r with a discriminator,
-    and normalises w."""
+    Diff-Instruct with the weight w(r) of F_WEIGHTS. r is the ratio p_t / q_t of the densities of
+    samples and of data at x_t, a closed form here. The batch stands for all samples: x_t lies near
+    its own x_0, which makes r too large at small t. The paper learns r with a discriminator, and
+    normalises w."""
     def weight(self, x_0, x_t, t):
         log_p = log_density(toy.Mixture(x_0.detach(), 0.0), x_t, t)
         log_r = log_p - log_density(self.mixture, x_t, t)
@@ -335,20 +337,21 @@ class FDistill(Matching):
     def theta(self):
         x_0, t, eps = self.generate(self.normal()), self.time(), self.normal()
         loss, _ = di_loss(self.d_psi, self.d_q, x_0, t, eps)
-        return self.weight(x_0, diffuse(x_0, t, eps), t).detach() * loss
+        return self.weight(x_0, diffuse(x_0.detach(), t, eps), t) * loss
 
 
 class Uni(FDistill):
     """Uni-Instruct (arXiv 2505.20755): D_f at the noise level --t-min is the integral of
-    E w(r) |y_t|^2 / t^3 over all t above. The loss is that of SIM for l2 with this weight, divided
-    by the density of t, since t is drawn (--truncate resample, the default here). Its gradient is
-    (3.5), and not that of D_f. As d' in sim_loss, w lets the gradient pass to x_t. The paper's
-    gradient has a part like SIM's and a part like Diff-Instruct's, with weights of its own."""
+    E w(r) |y_t|^2 / t^3 over all t above --t-min. The loss is that of SIM for l2, with this weight,
+    over the density of t, which is right for --truncate resample, the default here. The loss has
+    the gradient (3.5), and not that of D_f: for this, w passes gradients to x_t, as d' does in
+    sim_loss. The paper's gradient has a part like SIM's and a part like Diff-Instruct's, with
+    weights of its own."""
     def theta(self):
         x_0, t, eps = self.generate(self.normal()), self.time(), self.normal()
         loss, _ = sim_loss(self.d_psi, self.d_q, x_0, t, l2(), eps)
         deviation = (t.log() - self.args.p_mean) / self.args.p_std
-        density = torch.exp(-deviation**2 / 2) / t  # but for a factor, which Adam takes out
+        density = torch.exp(-deviation**2 / 2) / t  # up to a factor, which Adam takes out
         weight = self.weight(x_0, diffuse(x_0, t, eps), t)
         return weight * loss / (t**3 * density).flatten()
 
@@ -477,7 +480,7 @@ PRESETS = {"cd": FROM_NOISE, "cd_steps": {"segments": 2, **FROM_NOISE},
            "ct": {"pretrain_steps": 0, **FROM_NOISE},  # ct has no teacher to start from
            "few": {"segments": 2},
            "uni": {"t_min": 0.3, "truncate": "resample"}}  # 1 / t^3 ruins smaller t: RESULTS.md
-# Methods with a d_psi that denoises g's samples. uni is one more, with log-normal times alone.
+# Methods with a d_psi that denoises g's samples. uni is another: it has log-normal times alone.
 FOLLOWED = "sim sid di dmd dmd_kl reward sida realuid f_distill few"
 TAUGHT = f"{FOLLOWED} uni dmd_pairs add cd cd_steps mcm pagoda kernel"
 READ_ONLY_BY = {  # methods -> options that no other method reads

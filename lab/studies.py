@@ -183,7 +183,7 @@ def run_once(study, flags, seed, jobs):
     if (folder / "metrics.json").exists():
         return None
     command = [*command_of(study, flags), "--seed", str(seed),
-               "--out", os.path.relpath(folder, ROOT)]  # NAME.json may quote it
+               "--out", os.path.relpath(folder, ROOT)]  # a path that NAME.json may quote
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | threads,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

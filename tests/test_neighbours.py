@@ -363,8 +363,9 @@ def test_an_f_divergence_is_an_integral_over_the_noise_levels(name):
 
 @pytest.mark.parametrize("name", lab.F_WEIGHTS)
 def test_gradients_of_an_f_divergence_at_one_noise_level(name):
-    """By the std of samples N(0, 0.5^2), for data N(0, 1), t = 0.5: Diff-Instruct times w(r) is the
-    gradient of D_f; SIM for l2 times w(r) is (3.5) if w passes the gradient to x_t."""
+    """The gradients are by the std of samples N(0, 0.5^2); the data are N(0, 1), and t is 0.5.
+    Diff-Instruct times w(r) has the gradient of D_f. SIM for l2 times w(r) has (3.5), if w passes
+    the gradient to x_t."""
     t, std = 0.5, torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     density = lambda x, std: torch.distributions.Normal(0.0, (std**2 + t**2)**0.5).log_prob(x).exp()
     denoiser = lambda x, std: x * std**2 / (std**2 + t**2)
@@ -390,8 +391,8 @@ def test_gradients_of_an_f_divergence_at_one_noise_level(name):
 @pytest.mark.parametrize("method", ["uni", "f_distill"])
 @pytest.mark.parametrize("name", lab.F_WEIGHTS)
 def test_weights_by_the_ratio_of_densities(method, name):
-    """The two losses of the test above, for p_t a mixture around the batch, and that of uni for
-    times of a log-normal density."""
+    """The methods have the losses of the test above, where p_t is a mixture around the batch; uni
+    divides by the density of its log-normal times."""
     flags = ["--divergence", name, "--p-mean", "-1", "--p-std", "1.2"]
     neighbour, g, d_psi, x_0, x_t, t = begun(method, 50, *flags)
     batch = torch.distributions.MixtureSameFamily(

@@ -285,7 +285,7 @@ def test_sampling_times():
 
 def data_to_noise(denoise, z, num_steps, sigma_min):
     """heun along rising times, from the end of a flow to its beginning."""
-    return common.heun(denoise, z, common.sampling_times(num_steps, sigma_min)[-2::-1])
+    return common.heun(denoise, z, common.sampling_times(num_steps, sigma_min=sigma_min)[-2::-1])
 
 
 @pytest.mark.parametrize("sampler", [edm_sampler, common.dpm_solver, data_to_noise])

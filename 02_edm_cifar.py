@@ -16,19 +16,19 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (EDMPrecond, Run, as_denoiser, draw_batch, draw_latents, dsm_loss, edm_sampler,
-                    ema_beta, ema_update, fetch, frechet_distance, image_grid, lambda_edm,
-                    load_frozen, load_generator, load_saved, make_generator_loss, make_parser,
-                    make_parts, moments, one_line_errors, pick_device, progress, reading, require,
-                    sample_path, save, save_picture, seed_step, sha256, sliced_w2, to_uint8,
-                    train_only, update, write_samples)
-
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+
+from common import (EDMPrecond, Run, as_denoiser, draw_batch, draw_latents, dsm_loss, edm_sampler,
+                    ema_beta, ema_update, fetch, frechet_distance, image_grid, lambda_edm,
+                    load_frozen, load_generator, load_saved, make_generator_loss, make_parser,
+                    make_parts, moments, one_line_errors, pick_device, progress, reading, require,
+                    sample_path, save, save_picture, seed_step, sha256, sliced_w2, to_uint8,
+                    train_only, update, write_samples)
 
 # ---- Settings ----
 PAPER = {  # Table 5, (B.5)-(B.10); the paper leaves steps, EMA, dropout and eps open: SiD's code

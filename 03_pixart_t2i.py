@@ -20,13 +20,6 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, draw_batch,
-                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance,
-                    image_grid, lambda_edm, load_frozen, load_generator, load_saved,
-                    make_generator_loss, make_parser, make_parts, moments, one_line_errors,
-                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
-                    seed_step, sha256, train_only, update, write_samples)
-
 import torch
 import transformers
 from einops import rearrange
@@ -35,6 +28,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from common import (EDMPrecond, Run, as_denoiser, checked, count, dpm_solver, draw_batch,
+                    draw_latents, dsm_loss, edm_sampler, ema_beta, ema_update, frechet_distance,
+                    image_grid, lambda_edm, load_frozen, load_generator, load_saved,
+                    make_generator_loss, make_parser, make_parts, moments, one_line_errors,
+                    pick_device, progress, reading, require, sample_path, save_once, save_picture,
+                    seed_step, sha256, train_only, update, write_samples)
 
 # ---- Settings ----
 PAPER = {  # B.3; the paper leaves open guidance (PixArt's own is 4.5), EMA and eps (SiD's)

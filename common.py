@@ -26,10 +26,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# A thread of OpenMP that waits for another one spins, which costs a busy machine a factor of ten; a
-# short spin does not. OpenMP reads this when torch is loaded, so torch is imported after it.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -22,13 +22,13 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch, to_uint8,
-                    frechet_distance, one_line_errors, pick_device, plain_parser, positive,
-                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks)
-
 import numpy as np
 import torch
 from PIL import Image
+
+from common import (UserError, at_least_0, atomic, checked, count, draw_latents, fetch, to_uint8,
+                    frechet_distance, one_line_errors, pick_device, plain_parser, positive,
+                    progress, rank_and_ranks, reading, require, save, sha256, sum_over_ranks)
 
 edm = importlib.import_module("02_edm_cifar")
 

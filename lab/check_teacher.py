@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+
 from common import (count, draw_latents, one_line_errors, pick_device, plain_parser, require,
                     save_picture)
-
-import torch
 
 edm = importlib.import_module("02_edm_cifar")
 

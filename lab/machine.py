@@ -21,8 +21,6 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import EDMPrecond, as_denoiser, one_line_errors, pick_device, require
-
 import numpy as np
 import torch
 from teachers import unet_args
@@ -31,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from common import EDMPrecond, as_denoiser, one_line_errors, pick_device, require
 
 GIB = 2**30
 

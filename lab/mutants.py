@@ -24,10 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import atomic, one_line_errors, plain_parser, progress, require
-
 import pytest
 import scipy.stats  # noqa: F401  what the tests need is loaded once, for all of the mutations
+
+from common import atomic, one_line_errors, plain_parser, progress, require
 
 LIMIT = 300  # seconds for the tests of one mutation
 # "a<<b => c>>d" replaces abd by acd. {"file  pytest's arguments": {name of a mutation: change}}

@@ -25,15 +25,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
+from matplotlib.figure import Figure
+from torch.nn import functional as F
+
 from common import (Run, atomic, batch_sum, count, di_loss, diffuse, draw_times, dsm_loss,
                     edm_sampler, ema_beta, ema_update, heun, l2, lambda_edm, load_generator,
                     make_parser, nowgt, one_line_errors, parse_distance, phuber, pick_device,
                     positive, rank_and_ranks, reading, real, require, sampling_times,
                     seed_step, sid_loss, sidwgt, sim_loss, train_only, update)
-
-import torch
-from matplotlib.figure import Figure
-from torch.nn import functional as F
 
 from lab.wrappers import RectifiedFlow
 
@@ -535,7 +535,6 @@ def parse(argv):
 @one_line_errors
 def main(argv=None):
     args = parse(argv)
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # as in stage 1
     if args.gaussian:
         return gaussian_figure(args.gaussian)
     if args.sample:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (Run, count, one_line_errors, pick_device, rank_and_ranks, reading, require)
-
 import torch
 from torch.nn import functional as F
+
+from common import (Run, count, one_line_errors, pick_device, rank_and_ranks, reading, require)
 
 from lab import neighbours, pictures
 

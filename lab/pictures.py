@@ -20,11 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import atomic, count, one_line_errors, plain_parser, reading, require
-
 import numpy as np
 import torch
 from einops import rearrange
+
+from common import atomic, count, one_line_errors, plain_parser, reading, require
 
 eval_fid = importlib.import_module("eval_fid")
 

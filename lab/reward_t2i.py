@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import nowgt, one_line_errors, pick_device, positive, reading, require, sim_loss
-
 import torch
+
+from common import nowgt, one_line_errors, pick_device, positive, reading, require, sim_loss
 
 from lab.shapes import COLOURS
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (load_frozen, one_line_errors, pick_device, plain_parser, progress, reading,
-                    require, save, sha256)
-
 import torch
 import transformers
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+
+from common import (load_frozen, one_line_errors, pick_device, plain_parser, progress, reading,
+                    require, save, sha256)
 
 t2i = importlib.import_module("03_pixart_t2i")
 

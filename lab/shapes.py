@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import (count, draw_latents, one_line_errors, pick_device, plain_parser, reading,
-                    require, save, to_uint8)
-
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
+
+from common import (count, draw_latents, one_line_errors, pick_device, plain_parser, reading,
+                    require, save, to_uint8)
 
 # ---- Shapes of ten classes ----
 ROUND = [(math.cos(math.pi * i / 20), math.sin(math.pi * i / 20)) for i in range(40)]

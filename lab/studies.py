@@ -25,13 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import (UserError, at_least_0, atomic, count, image_grid, load_generator,
-                    one_line_errors, plain_parser, progress, reading, require, save_picture)
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
+from common import (UserError, at_least_0, atomic, count, image_grid, load_generator,
+                    one_line_errors, plain_parser, progress, reading, require, save_picture)
 
 from lab import neighbours
 

@@ -17,17 +17,17 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from common import (Run, as_denoiser, at_least_0, count, draw_latents, draw_times, dsm_loss,
-                    ema_beta, ema_update, frechet_distance, micro_batches, moments, one_line_errors,
-                    pick_device, plain_parser, positive, progress, real, require, save, seed_step,
-                    update)
-
 import numpy as np
 import pictures
 import shapes
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from common import (Run, as_denoiser, at_least_0, count, draw_latents, draw_times, dsm_loss,
+                    ema_beta, ema_update, frechet_distance, micro_batches, moments, one_line_errors,
+                    pick_device, plain_parser, positive, progress, real, require, save, seed_step,
+                    update)
 
 edm = importlib.import_module("02_edm_cifar")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import UserError, reading, require
-
 import torch
 from torch import nn
+
+from common import UserError, reading, require
 
 
 class Wrapper(nn.Module):

@@ -71,7 +71,7 @@ MUTATIONS = {
         "PNGs: BGR for RGB": "images = images[:, :channels]<< => .flip(1)>>"},
     "01_toy_2d.py  tests/test_toy.py -k 'theorem or exact or projection or measures or numbers'": {
         "(3.7): -eps for -eps / s": "-eps<< / s => >>  # of q",
-        "sliced W2: points not sorted": "@ around.T.to(x))<<.sort(dim=0)[0] => >>",
+        "sliced W2: points not sorted": "torch.from_numpy(<<np.sort(lines, axis=0) => lines>>)",
         "sliced W2: exact sets meet themselves": "for j in range(i<< =>  + 1>>)]",
         "on modes: within 5 std": "distance < <<4 => 5>> * mixture.std"},
     "01_toy_2d.py  tests/test_toy.py -k 'train_is_algorithm_2 or pretrain'": {

@@ -255,6 +255,12 @@ def test_numbers_of_part_b_do_not_depend_on_part_a(tmp_path, quick, monkeypatch)
     assert all(map(torch.equal, trained(tmp_path / "both"), trained(tmp_path / "b")))
 
 
+def test_part_b_has_one_thread(tmp_path, quick):
+    torch.set_num_threads(2)  # conftest.py restores the number
+    toy.main([*SHORT, "--out", str(tmp_path)])
+    assert torch.get_num_threads() == 1
+
+
 # ---- runs ----
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -337,11 +337,13 @@ def test_two_ranks_give_the_weights_of_one_process(tiny, tmp_path, quick, monkey
     (tmp_path / "both.py").write_text(f"""if True:
         import importlib, sys, torch
         sys.path.insert(0, {str(ROOT)!r})
-        torch.distributed.destroy_process_group = lambda: None  # one group for both stages
+        dist = torch.distributed
+        destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None
         edm, toy = importlib.import_module("02_edm_cifar"), importlib.import_module("01_toy_2d")
         edm.sample_teacher, toy.summarise = lambda net, z, labels: z, lambda *args: None
         edm.main({[*images, str(tmp_path / "edm-2")]})
-        toy.main({[*points, str(tmp_path / "toy-2")]})""")
+        toy.main({[*points, str(tmp_path / "toy-2")]})
+        destroy()  # not earlier: one group serves both stages""")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, tmp_path / "both.py"], text=True, capture_output=True,
                           timeout=300)
